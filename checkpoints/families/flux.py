@@ -1,0 +1,78 @@
+"""FLUX.1 (dev, schnell, fill, kontext, krea ...). Double blocks, then single blocks; modulations are AWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...quant.policy import Rule
+from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from .spec import FamilySpec, KeyRule, layer_rules
+
+RULES = (
+    Rule(r"(img_mod|txt_mod)\.lin$|\.modulation\.lin$", AWQ.id, "modulation: one row per image"),
+    Rule(r"transformer_blocks\.\d+\.norm\d?(_context)?\.linear$", AWQ.id, "modulation: one row per image"),
+    Rule(r"(img_mlp|txt_mlp)\.2$|\.ff(_context)?\.net\.2$", SVDQUANT.id, "reads a GELU", act_unsigned=True),
+    Rule(r"(img_attn|txt_attn)\.(qkv|proj)$|(img_mlp|txt_mlp)\.0$", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"single_blocks\.\d+\.linear[12]$", SVDQUANT.id, "fused attention and feed-forward"),
+    Rule(r"transformer_blocks\.\d+\.(attn\.|ff|proj_mlp$|proj_out$)", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"", KEEP, "embedder, norm or output layer"),
+)
+TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": "attn.norm_q",
+    "img_attn.norm.key_norm": "attn.norm_k",
+    "txt_attn.norm.query_norm": "attn.norm_added_q",
+    "txt_attn.norm.key_norm": "attn.norm_added_k",
+    "img_attn.proj": "attn.to_out.0",
+    "txt_attn.proj": "attn.to_add_out",
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+SINGLE = {
+    "modulation.lin": "norm.linear",
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": "proj_out",
+    "norm.query_norm": "attn.norm_q",
+    "norm.key_norm": "attn.norm_k",
+}
+
+
+def key_rules(config: Mapping) -> list[KeyRule]:
+    """Native <- diffusers for a FluxTransformer2DModel ``config``."""
+    pairs = list(TOP.items())
+    for count, native, diffusers, table in (
+        (config.get("num_layers", 19), "double_blocks", "transformer_blocks", DOUBLE),
+        (config.get("num_single_layers", 38), "single_blocks", "single_transformer_blocks", SINGLE),
+    ):
+        for i in range(count):
+            for a, b in table.items():
+                names = (b,) if isinstance(b, str) else b
+                pairs.append((f"{native}.{i}.{a}", tuple(f"{diffusers}.{i}.{x}" for x in names)))
+    return layer_rules(pairs, swap=frozenset({"final_layer.adaLN_modulation.1"}))
+
+
+FAMILY = FamilySpec(
+    id="flux",
+    title="FLUX.1",
+    marks=((r"double_blocks\.0\.img_attn\.qkv\.weight", None), (r"single_blocks\.0\.linear1\.weight", None)),
+    rules=RULES,
+    diffusers_class="FluxTransformer2DModel",
+    key_rules=key_rules,
+)

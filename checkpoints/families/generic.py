@@ -1,0 +1,25 @@
+"""A model nobody has described yet: decided by what a layer's name says it does, and by its shape. Tried last."""
+
+from ...quant.policy import Rule
+from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from .spec import FamilySpec
+
+EMBED, ENDS = "embedder", "input or output layer"
+
+FAMILY = FamilySpec(
+    id="generic",
+    title="unknown architecture",
+    marks=((r".*\.weight", None),),
+    rules=(
+        Rule(r"(?i)embed|(^|[._])(time|timestep|guidance|vector|label|txt|img|text|context|cap)_in\b", KEEP, EMBED),
+        Rule(r"(?i)(^|\.)(x_in|proj_in|proj_out|conv_in|conv_out|head|final\w*|out_layer|norm_out)(\.|$)", KEEP, ENDS),
+        Rule(r"(?i)(refiner|connector|adapter)", KEEP, "refines text or adapts: few tokens, sensitive"),
+        Rule(r"(?i)(\bmod\b|modulation|adaln|_mod\.|norm\d?(_context)?\.linear)", AWQ.id, "modulation: few rows"),
+        Rule(
+            r"(?i)(attn|attention|qkv|(to|wq|wk|wv|q|k|v|o)_?(proj|out|linear)|mlp|ff|feed_?forward|ffn|fc\d|linear\d)",
+            SVDQUANT.id,
+            "attention or feed-forward, by name",
+        ),
+        Rule(r"", KEEP, "its name does not say what it does"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5 (MMDiT). Joint blocks of an image and a text half; modulations are AWQ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ...quant.policy import Rule
+from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from .spec import FamilySpec, KeyRule, layer_rules
+
+RULES = (
+    Rule(r"joint_blocks\.\d+\.\w+\.adaLN_modulation\.1$", AWQ.id, "modulation: one row per image"),
+    Rule(r"transformer_blocks\.\d+\.norm1(_context)?\.linear$", AWQ.id, "modulation: one row per image"),
+    Rule(r"joint_blocks\.\d+\.\w+\.mlp\.fc2$|\.ff(_context)?\.net\.2$", SVDQUANT.id, "reads a GELU", act_unsigned=True),
+    Rule(r"joint_blocks\.\d+\.\w+\.(attn2?\.(qkv|proj)|mlp\.fc1)$", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"transformer_blocks\.\d+\.(attn2?|ff|ff_context)\.", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"", KEEP, "embedder, norm or output layer"),
+)
+TOP = {
+    "x_embedder.proj": "pos_embed.proj",
+    "context_embedder": "context_embedder",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+IMAGE = {
+    "adaLN_modulation.1": "norm1.linear",
+    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "attn.proj": "attn.to_out.0",
+    "attn.ln_q": "attn.norm_q",
+    "attn.ln_k": "attn.norm_k",
+    "attn2.qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "attn2.proj": "attn2.to_out.0",
+    "attn2.ln_q": "attn2.norm_q",
+    "attn2.ln_k": "attn2.norm_k",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+TEXT = {
+    "adaLN_modulation.1": "norm1_context.linear",
+    "attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.proj": "attn.to_add_out",
+    "attn.ln_q": "attn.norm_added_q",
+    "attn.ln_k": "attn.norm_added_k",
+    "mlp.fc1": "ff_context.net.0.proj",
+    "mlp.fc2": "ff_context.net.2",
+}
+
+
+def key_rules(config: Mapping) -> list[KeyRule]:
+    """Native <- diffusers for an SD3Transformer2DModel ``config``."""
+    pairs = list(TOP.items())
+    layers = config.get("num_layers", 18)
+    for i in range(layers):
+        for half, table in (("x_block", IMAGE), ("context_block", TEXT)):
+            for a, b in table.items():
+                names = (b,) if isinstance(b, str) else b
+                pairs.append((f"joint_blocks.{i}.{half}.{a}", tuple(f"transformer_blocks.{i}.{x}" for x in names)))
+    # The last block's text half ends in a plain (scale, shift) norm, as the final layer does.
+    last = f"joint_blocks.{layers - 1}.context_block.adaLN_modulation.1"
+    out = layer_rules(pairs, swap=frozenset({"final_layer.adaLN_modulation.1", last}))
+    return [*out, KeyRule("pos_embed", ("pos_embed.pos_embed",))]
+
+
+FAMILY = FamilySpec(
+    id="sd3",
+    title="Stable Diffusion 3",
+    marks=((r"joint_blocks\.0\.context_block\.attn\.qkv\.weight", None), (r"x_embedder\.proj\.weight", None)),
+    rules=RULES,
+    diffusers_class="SD3Transformer2DModel",
+    key_rules=key_rules,
+)

@@ -1,0 +1,5 @@
+"""On-disk formats of quantized layers, one file each."""
+
+from . import comfy_quant
+
+FORMATS = (comfy_quant,)

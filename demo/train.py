@@ -1,0 +1,159 @@
+"""Reproduces every file of the demo model from two npm packages: ``python -m comfyui_nibble.demo.train --work DIR``.
+
+Stages write into ``--out`` (this folder by default) as they end; ``--work`` holds downloads and resumable state. With a
+fixed seed the result is the same on one machine; about 4 hours on 2 CPU cores, minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import LORAS, MODEL, ROOT, dataset, distill, parts, stages
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """Paths, data and the parts trained so far. Each stage is a method; it reads what earlier ones wrote."""
+
+    def __init__(self, out: Path, work: Path, device: str):
+        self.out, self.work, self.device = out, work, device
+        self.model = out / MODEL.relative_to(ROOT)
+        work.mkdir(parents=True, exist_ok=True)
+        self.emoji, pictures = dataset.load(work)
+        self.pictures = {vendor: stages.images(p) for vendor, p in pictures.items()}
+
+    def note(self, stage: str, **values) -> None:
+        """Adds a stage's figures to training.json."""
+        path = self.out / "training.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        record[stage] = {**record.get(stage, {}), **values}
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        os.replace(part, path)
+
+    def tokenizer(self):
+        folder = self.model / "tokenizer"
+        if (folder / "vocab.json").exists():
+            return parts.load_tokenizer(folder)
+        texts = [c for e in self.emoji for c in e.captions] * 3
+        texts += [p.format(c="", s=e.kind) for e in self.emoji for p in dataset.PHRASES]
+        texts += [dataset.STYLE_TRIGGER] * 50
+        return parts.train_tokenizer(texts, folder)
+
+    def autoencoder(self) -> None:
+        both = torch.cat(list(self.pictures.values()))
+        model, seconds = stages.autoencoder(both, self.work, self.device)
+        model = model.half().float()
+        sample = stages.encode(model, both[::4], self.device)
+        model.register_to_config(scaling_factor=round(1 / sample.std().item(), 4))
+        model.half().save_pretrained(self.model / "vae")
+        self.note("autoencoder", seconds=round(seconds), steps=stages.AUTOENCODER.steps)
+
+    def vae(self):
+        from diffusers import AutoencoderTiny
+
+        return AutoencoderTiny.from_pretrained(self.model / "vae").float().eval().to(self.device)
+
+    def latents(self, vendor: str) -> torch.Tensor:
+        """(n, 4, 16, 16) scaled latents of one style."""
+        vae = self.vae()
+        return stages.encode(vae, self.pictures[vendor], self.device) * vae.config.scaling_factor
+
+    def denoiser(self) -> None:
+        tokenizer = self.tokenizer()
+        unet, text, seconds = stages.denoiser(self.emoji, self.latents("google"), tokenizer, self.work, self.device)
+        unet.half().save_pretrained(self.model / "unet")
+        text.half().save_pretrained(self.model / "text_encoder")
+        self.write_index()
+        self.note("denoiser", seconds=round(seconds), steps=stages.DENOISER.steps)
+
+    def write_index(self) -> None:
+        """The rest of a diffusers folder: scheduler and model_index.json."""
+        from diffusers import DDIMScheduler
+
+        DDIMScheduler(**parts.SCHEDULER).save_pretrained(self.model / "scheduler")
+        index = {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", "DDIMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderTiny"],
+        }
+        (self.model / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+    def trained(self):
+        """(UNet, text encoder) of the base model in float32."""
+        from diffusers import UNet2DConditionModel
+        from transformers import CLIPTextModel
+
+        unet = UNet2DConditionModel.from_pretrained(self.model / "unet").float().to(self.device)
+        text = CLIPTextModel.from_pretrained(self.model / "text_encoder").float().to(self.device).eval()
+        return unet, text.requires_grad_(False)
+
+    def save_lora(self, unet, which: str, title: str, trigger: str = "") -> None:
+        """One kohya-named file, 16-bit, as every stock LoRA loader reads it."""
+        from diffusers.utils import convert_state_dict_to_kohya
+        from peft.utils import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(unet, adapter_name="demo")
+        state = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in state.items()})
+        state = {k.replace("unet_", "lora_unet_", 1) if k.startswith("unet_") else k: v for k, v in state.items()}
+        path = self.out / LORAS[which].relative_to(ROOT)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "modelspec.title": title,
+            "modelspec.trigger_phrase": trigger,
+            "modelspec.license": "see demo/LICENSES.md",
+        }
+        part = path.with_suffix(".part")
+        save_file({k: v.half().contiguous().cpu() for k, v in state.items()}, part, meta)
+        os.replace(part, path)
+        log.info("%s: %d tensors, %d bytes", path.name, len(load_file(path)), path.stat().st_size)
+
+    def style(self) -> None:
+        unet, text = self.trained()
+        latents = self.latents("twitter")
+        seconds = stages.style_lora(unet, text, self.emoji, latents, self.tokenizer(), self.work, self.device)
+        self.save_lora(unet, "style", "Nibble demo: flat style", dataset.STYLE_TRIGGER)
+        self.note("style", seconds=round(seconds), steps=stages.STYLE.steps)
+
+    def few_steps(self) -> None:
+        unet, text = self.trained()
+        teacher, _ = self.trained()
+        latents = self.latents("google")
+        seconds = distill.lcm_lora(unet, teacher, text, self.emoji, latents, self.tokenizer(), self.work, self.device)
+        self.save_lora(unet, "lcm", "Nibble demo: 1 to 8 steps (LCM)")
+        self.note("few_steps", seconds=round(seconds), steps=stages.FEW_STEPS.steps)
+
+
+STAGES = ("autoencoder", "denoiser", "style", "few_steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for downloads and resumable state")
+    parser.add_argument("--out", type=Path, default=ROOT, help="where the model's files go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", choices=STAGES, nargs="+", default=list(STAGES))
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    run = Run(args.out, args.work, args.device)
+    for stage in args.only:
+        getattr(run, stage)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Without ComfyUI: the command line and the diffusers adapter. Never imports ComfyUI."""

@@ -1,0 +1,122 @@
+"""The command line: ``nibble demo | quantize | generate | inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="nibble", description="4-bit diffusion: quantize, generate, inspect.")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="run the main job on the shipped model, in a minute on a CPU")
+    demo.add_argument(
+        "--out", type=Path, default=Path("nibble-demo"), help="folder for demo.png, profile.png, report.json"
+    )
+    demo.set_defaults(run=run_demo)
+
+    quantize = commands.add_parser("quantize", help="write a 4-bit file of a checkpoint or diffusers folder")
+    quantize.add_argument(
+        "source", type=Path, help="safetensors checkpoint, diffusers pipeline folder, or its unet/transformer"
+    )
+    quantize.add_argument("--out", type=Path, required=True, help="the safetensors file to write; never overwritten")
+    quantize.add_argument("--rank", type=int, default=32, help="rank of the low-rank branch (default 32)")
+    quantize.add_argument("--seed", type=int, default=0, help="seed of the randomised SVD (default 0)")
+    quantize.add_argument("--tile-packed", action="store_true", help="kitchen's tile-packed order where N %% 128 == 0")
+    quantize.add_argument("--device", help="where to compute: cuda or cpu (default: a GPU if there is one)")
+    quantize.set_defaults(run=run_quantize)
+
+    generate = commands.add_parser("generate", help="draw pictures from a prompt")
+    generate.add_argument("prompt", nargs="+", help="one prompt per picture; quote each")
+    generate.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
+    generate.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
+    generate.add_argument(
+        "--precision", choices=["4-bit", "16-bit"], default="4-bit", help="without --quantized: quantize now or not"
+    )
+    generate.add_argument("--rank", type=int, default=32, help="rank when quantizing now (default 32)")
+    generate.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
+    )
+    generate.add_argument("--domain", help="expand the prompts by this domain's template, e.g. emoji")
+    generate.add_argument("--steps", type=int, default=25, help="steps; up to 8 with --lcm (default 25)")
+    generate.add_argument("--lcm", action="store_true", help="LCM sampling; for the demo model its LCM LoRA is added")
+    generate.add_argument("--cfg", type=float, help="guidance scale (default 3, or 1 with --lcm)")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--out", type=Path, default=Path("nibble-out"), help="folder for the pictures")
+    generate.set_defaults(run=run_generate)
+
+    inspect = commands.add_parser("inspect", help="say what a model file is, layer by layer")
+    inspect.add_argument("file", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=run_inspect)
+    return top
+
+
+def bar(total: int, what: str):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, file=sys.stderr, leave=False)
+
+
+def run_demo(args) -> None:
+    from . import demo
+
+    with bar(2 * demo.STEPS, "steps") as progress:
+        report = demo.run(args.out, progress.set_description, progress.update)
+    print(demo.table(report))
+    for name in ("demo.png", "profile.png", "report.json"):
+        print(args.out / name)
+
+
+def run_quantize(args) -> None:
+    from ..checkpoints.convert import quantize
+    from ..checkpoints.source import open_source
+    from .pipeline import device_and_dtype
+
+    device, _ = device_and_dtype(args.device)
+    with open_source(args.source) as source, bar(len(source.shapes), source.family.title) as progress:
+
+        def update(done: int, total: int, name: str) -> None:
+            progress.update(done + 1 - progress.n)
+
+        result = quantize(source, args.out, args.rank, args.seed, args.tile_packed, device, update)
+    print(result.summary())
+    print(result.path)
+
+
+def run_generate(args) -> None:
+    from .generate import generate
+
+    steps = args.steps if not args.lcm else min(args.steps, 8)
+    with bar(steps, "steps") as progress:
+        for path in generate(args, steps, progress.update):
+            print(path)
+
+
+def run_inspect(args) -> None:
+    from ..checkpoints.inspect import inspect
+
+    found = inspect(args.file)
+    print(found.to_json() if args.json else found.table())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; a bad file or value ends in one sentence and exit status 1."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError) as e:
+        print(f"nibble: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("nibble: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The diffusers adapter: pipelines whose linears are 4-bit, made in place or read from a 4-bit file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.families import FamilySpec, KeyRule, by_diffusers_class
+from ..checkpoints.load import load
+from ..quant import kernels
+from ..quant.modules import install, linear_shapes, quantize_module
+from ..quant.policy import LayerPlan, plan
+from ..quant.rows import rows
+from ..quant.schemes import KEEP
+
+FEW_STEPS = 8  # up to here the LCM scheduler and its LoRA are used
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a denoiser: its 4-bit layers as they are, what those would take in 16 bits, and everything else."""
+
+    quantized: int
+    quantized_16bit: int
+    other: int
+    layers: int
+
+
+def device_and_dtype(device: str | None = None) -> tuple[str, torch.dtype]:
+    """Where to run and in what: fp16 on a GPU, fp32 on a CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.float16 if device.startswith("cuda") else torch.float32
+
+
+def load_pipeline(folder: str | Path, device: str | None = None):
+    """A diffusers pipeline from a local folder, never from a hub. Raises CheckpointError when it is not one."""
+    from diffusers import DiffusionPipeline
+
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            folder.name, "not a diffusers pipeline folder", "Give a folder that holds model_index.json"
+        )
+    device, dtype = device_and_dtype(device)
+    pipe = DiffusionPipeline.from_pretrained(
+        str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def denoiser(pipe) -> nn.Module:
+    """The pipeline's UNet or transformer."""
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def family_of(module: nn.Module) -> FamilySpec:
+    """The family of a diffusers denoiser. Raises ValueError for a class this version does not know."""
+    name = type(module).__name__
+    family = by_diffusers_class(name, module.config)
+    if family is None:
+        raise ValueError(f"{name} is not a class whose layers this version knows by name")
+    return family
+
+
+def quantize(pipe, rank: int, progress: Callable[[str], None] | None = None) -> dict[str, float]:
+    """Quantizes the pipeline's denoiser in place by its family's policy. Returns each layer's relative weight error."""
+    module = denoiser(pipe)
+    plans = plan(linear_shapes(module), family_of(module).rules, rank)
+    return quantize_module(module, plans, module.dtype, progress=progress)
+
+
+def install_file(pipe, path: str | Path) -> int:
+    """Puts the layers of a 4-bit file (native names) into the pipeline's denoiser. Returns their number."""
+    checkpoint = load(path)
+    module = denoiser(pipe)
+    prefix = "model.diffusion_model." if any(n.startswith("model.diffusion_model.") for n in checkpoint.dense) else ""
+    homes = {r.native: r for r in family_of(module).key_rules(module.config)}
+    done = 0
+    for layer, stored in checkpoint.layers.items():
+        rule = _rule(homes, f"{layer.removeprefix(prefix)}.weight", checkpoint.name, layer)
+        done += _install_layer(module, rule, stored.weight, checkpoint.dense.get(f"{layer}.bias"), checkpoint.name)
+    parameters = dict(module.named_parameters())
+    biases = {f"{layer}.bias" for layer in checkpoint.layers}
+    for name, value in checkpoint.dense.items():
+        if name not in biases and name.startswith(prefix) and name.removeprefix(prefix) in homes:
+            _copy(parameters, homes[name.removeprefix(prefix)], value, checkpoint.name)
+    return done
+
+
+def _rule(homes: Mapping[str, KeyRule], name: str, file: str, layer: str) -> KeyRule:
+    if name not in homes:
+        raise CheckpointError(file, "this pipeline has no such layer", "Use the pipeline the file was made from", layer)
+    return homes[name]
+
+
+def _install_layer(module: nn.Module, rule: KeyRule, weight, bias, file: str) -> int:
+    start = 0
+    for source in rule.sources:
+        layer = module.get_submodule(source.removesuffix(".weight"))
+        n = layer.out_features
+        if start + n > weight.shape[0] or layer.in_features != weight.shape[1]:
+            got, want = weight.shape, (layer.out_features, layer.in_features)
+            raise CheckpointError(
+                file, f"its shape is {got}, the pipeline wants {want}", "Use its own pipeline", rule.native
+            )
+        part = weight if len(rule.sources) == 1 else rows(weight, start, start + n)
+        install(layer, part, None if bias is None else bias[start : start + n], module.dtype)
+        layer.to(module.device)
+        start += n
+    return len(rule.sources)
+
+
+@torch.no_grad()
+def _copy(parameters: dict[str, nn.Parameter], rule: KeyRule, value: torch.Tensor, file: str) -> None:
+    if rule.swap_halves:
+        value = torch.cat(value.chunk(2)[::-1])
+    start = 0
+    for source in rule.sources:
+        target = parameters.get(source)
+        if target is None or target.shape[1:] != value.shape[1:] or start + target.shape[0] > value.shape[0]:
+            raise CheckpointError(
+                file, "it does not fit the pipeline", "Use the pipeline the file was made from", rule.native
+            )
+        target.copy_(value[start : start + target.shape[0]])
+        start += target.shape[0]
+
+
+def measure(module: nn.Module) -> Bytes:
+    """What the denoiser's weights take with everything but the codes in 16 bits, as files and GPUs hold them."""
+    ours = [p for p in module.parameters() if kernels.is_ours(p)]
+    quantized = sum(kernels.nbytes(p, side=2) for p in ours)
+    other = sum(2 * p.numel() for p in module.parameters() if not kernels.is_ours(p))
+    return Bytes(quantized, sum(2 * p.numel() for p in ours), other, len(ours))
+
+
+def use_few_steps(pipe) -> None:
+    """Swaps the pipeline's scheduler for LCM's."""
+    from diffusers import LCMScheduler
+
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+
+
+def sample(
+    pipe,
+    prompts: list[str],
+    steps: int,
+    cfg: float,
+    seed: int,
+    negative: str = "",
+    width: int | None = None,
+    height: int | None = None,
+    on_step: Callable[[], None] | None = None,
+) -> list[np.ndarray]:
+    """One picture (H, W, 3) in [0, 1] per prompt; picture i starts from the noise of ``seed`` + i."""
+    scale = getattr(pipe, "vae_scale_factor", 8)
+    module = denoiser(pipe)
+    side = module.config.sample_size
+    h, w = (height or side * scale) // scale, (width or side * scale) // scale
+    noise = [
+        torch.randn(1, module.config.in_channels, h, w, generator=generator(seed + i)) for i in range(len(prompts))
+    ]
+
+    def callback(_pipe, _step, _t, values):
+        if on_step is not None:
+            on_step()
+        return values
+
+    out = pipe(
+        prompt=prompts,
+        negative_prompt=[negative] * len(prompts) if cfg > 1 else None,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        latents=torch.cat(noise).to(pipe.device, module.dtype),
+        generator=[generator(seed + i) for i in range(len(prompts))],
+        height=h * scale,
+        width=w * scale,
+        output_type="np",
+        callback_on_step_end=callback,
+    )
+    return list(out.images)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def planned(pipe, rank: int) -> dict[str, LayerPlan]:
+    """The layers that `quantize` would make 4-bit, and how."""
+    module = denoiser(pipe)
+    plans = plan(linear_shapes(module), family_of(module).rules, rank)
+    return {n: p for n, p in plans.items() if p.scheme != KEEP}

@@ -1,0 +1,1 @@
+"""Image measures. Pure torch and numpy; nothing here downloads weights."""

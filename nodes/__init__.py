@@ -1,0 +1,16 @@
+"""The ComfyUI side: thin V3 nodes, one file a topic. The only folder that imports ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import models
+
+TOPICS = (models,)
+
+
+class NibbleExtension(ComfyExtension):
+    """Every node of the pack, gathered from the topics' ``NODES``."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [node for topic in TOPICS for node in topic.NODES]

@@ -1,0 +1,175 @@
+"""ComfyUI operations whose Linear holds 4-bit weights of this pack; every other layer is ComfyUI's own.
+
+Extension point: ``model_options["custom_operations"]``. The loader (`load`) has put one QuantizedTensor under
+``<layer>.weight``, so a module never sees files. Dense weights keep the file's dtype when the compute dtype is wider
+(a 16-bit file on a CPU), so a loaded model takes the bytes its file has.
+"""
+
+from __future__ import annotations
+
+import comfy.ops
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ...checkpoints.formats import comfy_quant
+from ...quant import kernels, svdquant
+from ...quant.awq import dequantize as awq_dequantize
+
+# comfy-kitchen's suffixes of a weight's parts -> the on-disk names
+ON_DISK = {"": "weight", "_scale": "weight_scale", "_zeros": "weight_zero", "_smooth_factor": "smooth_factor",
+           "_proj_down": "proj_down", "_proj_up": "proj_up"}  # fmt: skip
+
+
+def dense(weight: QuantizedTensor) -> torch.Tensor:
+    """The effective (N, K) float32 weight of a 4-bit one. Cheaper and exacter than kitchen's identity-matrix way."""
+    plain = kernels.unwrap(weight)
+    return svdquant.dequantize(plain) if isinstance(plain, svdquant.SVDQuantWeight) else awq_dequantize(plain)
+
+
+def shift_of(weight: QuantizedTensor) -> torch.Tensor | None:
+    """(N,) that a dense forward must add to the stored bias of an unsigned layer; None for every other weight."""
+    if not (kernels.is_ours(weight) and getattr(weight._params, "act_unsigned", False)):
+        return None
+    return svdquant.SHIFT * svdquant.residual(kernels.unwrap(weight)).sum(1)
+
+
+def kernel_dtype(x: torch.Tensor) -> torch.dtype:
+    """What the 4-bit kernels compute in: CUDA's take 16-bit floats only."""
+    return torch.bfloat16 if x.is_cuda and x.dtype == torch.float32 else x.dtype
+
+
+def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x (..., K) -> (..., N) in x's dtype through the 4-bit kernels, which want one dtype and contiguous rows."""
+    dtype = kernel_dtype(x)
+    if weight._params.scale.dtype != dtype:
+        weight = kernels.cast(weight, dtype)
+    y = torch.nn.functional.linear(x.to(dtype).contiguous(), weight, None if bias is None else bias.to(dtype))
+    return y.to(x.dtype)
+
+
+def operations(compute_dtype: torch.dtype, disabled: frozenset[str] = frozenset()):
+    """The operations class for a model that computes in ``compute_dtype``; ``disabled``: ComfyUI formats to emulate."""
+    base = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute_dtype, disabled=set(disabled))
+
+    class NibbleOperations(base):
+        class Linear(base.Linear):
+            dense_shift = None  # (N,), while a dense weight stands in for an unsigned 4-bit one
+
+            def _load_from_state_dict(self, sd, prefix, local, strict, missing, unexpected, errors):
+                weight = sd.get(f"{prefix}weight")
+                if kernels.is_ours(weight):
+                    self._load_ours(sd, prefix, errors)
+                    return
+                plain = isinstance(weight, torch.Tensor) and f"{prefix}comfy_quant" not in sd
+                narrow = plain and weight.is_floating_point() and weight.dtype.itemsize < compute_dtype.itemsize
+                super()._load_from_state_dict(sd, prefix, local, strict, missing, unexpected, errors)
+                if narrow:
+                    if tuple(weight.shape) != self._orig_shape:
+                        got, want = tuple(weight.shape), self._orig_shape
+                        errors.append(f"size mismatch for {prefix}weight: got {got}, expected {want}")
+                    self.weight = _parameter(weight)
+                    self._keep_bias(sd, prefix)
+
+            def _load_ours(self, sd, prefix, errors):
+                weight = sd.pop(f"{prefix}weight")
+                sd.pop(f"{prefix}comfy_quant", None)
+                if tuple(weight.shape) != self._orig_shape:
+                    got, want = tuple(weight.shape), self._orig_shape
+                    errors.append(f"size mismatch for {prefix}weight: got {got}, expected {want}")
+                self.layout_type = weight._layout_cls
+                self.quant_format = kernels.OURS[weight._layout_cls]
+                self.weight = _parameter(weight)
+                self._keep_bias(sd, prefix)
+
+            def _keep_bias(self, sd, prefix):
+                """The file's bias in its own dtype, even where the model has none: unsigned layers need it."""
+                bias = sd.pop(f"{prefix}bias", None)
+                if bias is not None:
+                    self.bias = _parameter(bias)
+
+            def state_dict(self, *args, destination=None, prefix="", **kwargs):
+                if not kernels.is_ours(self.weight):
+                    return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+                sd = {} if destination is None else destination
+                if self.bias is not None:
+                    sd[f"{prefix}bias"] = self.bias
+                for suffix, tensor in kernels.tensors(self.weight).items():
+                    sd[f"{prefix}{ON_DISK[suffix]}"] = tensor
+                unsigned = getattr(self.weight._params, "act_unsigned", False)
+                config = comfy_quant.config(self.quant_format, unsigned, kernels.is_tiled(self.weight))
+                sd[f"{prefix}comfy_quant"] = comfy_quant.encode_config(config)
+                return sd
+
+            def forward(self, input, *args, **kwargs):
+                if getattr(self, "layout_type", None) not in kernels.OURS:
+                    return super().forward(input, *args, **kwargs)
+                comfy.ops.run_every_op()
+                if not kernels.is_ours(self.weight) or len(self.weight_function) > 0:
+                    return self._dense_forward(input)
+                with comfy.ops.CastBiasWeightContext(
+                    self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=kernel_dtype(input),
+                    offloadable=True, compute_dtype=input.dtype, want_requant=True,
+                ) as (weight, bias):  # fmt: skip
+                    if kernels.is_ours(weight):
+                        return linear(input, weight, bias)
+                    return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
+
+            def _dense_forward(self, input):
+                """ComfyUI's way with patched weights: a dense matrix, and the bias an unsigned layer then needs."""
+                shift = shift_of(self.weight) if kernels.is_ours(self.weight) else self.dense_shift
+                with comfy.ops.CastBiasWeightContext(
+                    self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
+                    offloadable=True, compute_dtype=input.dtype, want_requant=False,
+                ) as (weight, bias):  # fmt: skip
+                    if isinstance(weight, QuantizedTensor):
+                        weight = dense(weight)
+                    if shift is not None:
+                        shift = shift.to(device=input.device, dtype=input.dtype)
+                        bias = shift if bias is None else bias + shift
+                    return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
+
+            def convert_weight(self, weight, inplace=False, **kwargs):
+                return (
+                    dense(weight).to(weight.dtype)
+                    if kernels.is_ours(weight)
+                    else super().convert_weight(weight, inplace, **kwargs)
+                )
+
+            def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **kwargs):
+                """Takes a dense patched weight as it is: rounding it to 4 bits again would add more noise than a LoRA
+                is.
+                """
+                if getattr(self, "layout_type", None) not in kernels.OURS:
+                    return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
+                if return_weight:
+                    return weight
+                if kernels.is_ours(self.weight):
+                    self.dense_shift = shift_of(self.weight)
+                self.weight = _parameter(weight)
+                return None
+
+            def _apply(self, fn, recurse=True):
+                if not kernels.is_ours(self.weight):
+                    return super()._apply(fn, recurse)
+                self.weight = _parameter(_rewrapped(fn(self.weight)))
+                if self.bias is not None:
+                    self.bias = _parameter(fn(self.bias))
+                return self
+
+    return NibbleOperations
+
+
+def _parameter(tensor: torch.Tensor) -> torch.nn.Parameter:
+    if tensor.is_inference() and not torch.is_inference_mode_enabled() and not isinstance(tensor, QuantizedTensor):
+        tensor = tensor.clone()
+    return torch.nn.Parameter(tensor, requires_grad=False)
+
+
+def _rewrapped(weight: QuantizedTensor) -> QuantizedTensor:
+    """A fresh wrapper: one made under inference mode cannot become a Parameter outside it, nor the other way round."""
+    fresh = QuantizedTensor(weight._qdata, weight._layout_cls, weight._params)
+    return fresh if weight.dtype == weight._params.scale.dtype else kernels.cast(fresh, weight._params.scale.dtype)
+
+
+def _as(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device=like.device, dtype=like.dtype)

@@ -1,0 +1,30 @@
+"""Saves a MODEL's diffusion model: 4-bit layers in the on-disk contract, patches (LoRA) baked in."""
+
+from __future__ import annotations
+
+import json
+
+import comfy.model_management
+import comfy.utils
+from comfy.cli_args import args
+
+from ...checkpoints import save
+
+PREFIX = "model.diffusion_model."
+
+
+def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -> None:
+    """Writes ``model`` to ``path`` with native names. The workflow goes into the metadata unless the user disabled
+    that.
+    """
+    comfy.model_management.load_models_gpu([model])
+    sd = model.state_dict_for_saving()
+    tensors = {k.removeprefix(PREFIX): v.to("cpu") for k, v in sd.items()}
+    schemes = sorted(
+        {m.quant_format for m in model.model.diffusion_model.modules() if getattr(m, "quant_format", None)}
+    )
+    info = save.record(scheme=" + ".join(schemes) or "16-bit", saved_from="a workflow")
+    info |= dict(getattr(model, "attachments", {}).get("nibble_record", {}))
+    if not args.disable_metadata:
+        info |= {k: json.dumps(v) for k, v in {"prompt": prompt, **(extra or {})}.items() if v is not None}
+    save.save(path, tensors, info)

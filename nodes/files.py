@@ -1,0 +1,55 @@
+"""File names in workflows, which come from strangers: resolved through folder_paths on every use, safetensors only."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+SAFETENSORS = (".safetensors", ".sft")
+
+
+def names(folder: str) -> list[str]:
+    """The safetensors files of a model folder, as its loader lists them."""
+    return [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(SAFETENSORS)]
+
+
+def path(folder: str, name: str) -> str:
+    """The file ``name`` of a model folder. Raises ValueError for another ending, FileNotFoundError when it is not
+    there.
+    """
+    if not name.lower().endswith(SAFETENSORS):
+        raise ValueError(
+            f"{os.path.basename(name)}: only safetensors files are loaded. Convert it to safetensors first"
+        )
+    return folder_paths.get_full_path_or_raise(folder, name)
+
+
+def fingerprint(folder: str, name: str) -> str:
+    """Changes when the file does, so that a node that read it runs again."""
+    full = folder_paths.get_full_path(folder, name)
+    if full is None:
+        return "missing"
+    stat = os.stat(full)
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def new_output(prefix: str, ending: str = ".safetensors") -> str:
+    """A path under output/ that no file has yet; ``prefix`` may hold a subfolder and %date% parts."""
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    while os.path.exists(full := os.path.join(folder, f"{name}_{counter:05}_{ending}")):
+        counter += 1
+    return full
+
+
+def below_output(full: str) -> str:
+    """``full`` as seen from output/, with forward slashes: what may be shown and shared."""
+    return os.path.relpath(full, folder_paths.get_output_directory()).replace(os.sep, "/")
+
+
+def listed_path(choice: str, folders: tuple[str, ...]) -> str:
+    """The file of a "folder/name" choice. Raises ValueError unless the folder is one of ``folders``."""
+    folder, _, name = choice.partition("/")
+    if folder not in folders or not name:
+        raise ValueError(f"{choice!r} is not one of the listed files. Choose one from the list")
+    return path(folder, name)

@@ -1,0 +1,53 @@
+"""Quantizes a weight from itself alone: no calibration data, no smoothing. The floor that calibration must beat.
+
+    proj_up proj_down^T = the best rank-R part of W (randomised SVD, seeded)
+    codes, wscales      = signed -8 scale search on what is left
+
+On a real 70-linear diffusion model this loses about 0.05 dB to calibration at rank 16 (docs/quantization.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import scales
+from .packing import pack
+from .svdquant import SVDQuantWeight
+
+OVERSAMPLE, ITERATIONS = 16, 2
+
+
+def low_rank(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(up (N, R), down (K, R)) float32 with up @ down.T the best rank-R approximation of ``weight`` (N, K).
+
+    The singular values are shared evenly between the two, which keeps both in fp16's range.
+    """
+    n, k = weight.shape
+    rank = min(rank, n, k)
+    if rank == 0:
+        return weight.new_zeros(n, 0, dtype=torch.float32), weight.new_zeros(k, 0, dtype=torch.float32)
+    w = weight.float()
+    with torch.random.fork_rng(devices=[w.device] if w.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(w, q=min(rank + OVERSAMPLE, n, k), niter=ITERATIONS)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, v[:, :rank] * root
+
+
+def quantize(
+    weight: Tensor,
+    rank: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    act_unsigned: bool = False,
+    seed: int = 0,
+    candidates=scales.CANDIDATES,
+) -> SVDQuantWeight:
+    """svdquant_w4a4 of ``weight`` (N, K) with smooth_factor 1. Raises ValueError if K % 64.
+
+    The branch is rounded to ``dtype`` first, so the codes make up for its rounding.
+    """
+    up, down = (t.to(dtype) for t in low_rank(weight, rank, seed))
+    codes, wscales = scales.search(weight.float() - up.float() @ down.float().t(), dtype=dtype, candidates=candidates)
+    smooth = torch.ones(weight.shape[1], dtype=dtype, device=weight.device)
+    return SVDQuantWeight(pack(codes), wscales, smooth, down.contiguous(), up.contiguous(), act_unsigned)

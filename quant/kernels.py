@@ -1,0 +1,175 @@
+"""Plain tensors <-> comfy-kitchen's QuantizedTensor: the one value that ComfyUI's and diffusers' modules both run.
+
+This is the only file of the core that imports an accelerator. Kitchen picks CUDA, HIP or its eager reference by itself.
+The layout below is ours: AWQ has no low-rank branch in kitchen, and a LoRA needs one.
+
+    NibbleAWQLowRankLayout   Params = kitchen's AWQ params + proj_down (K, R), proj_up (N, R)
+                             y = awq(x) + (x proj_down) proj_up^T
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+from comfy_kitchen.tensor.awq_w4a16 import TensorCoreAWQW4A16Layout
+from comfy_kitchen.tensor.base import get_layout_class, register_layout_class, register_layout_op
+from comfy_kitchen.tensor.svdquant_w4a4 import TensorCoreSVDQuantW4A4Layout
+from torch import Tensor
+
+from . import packing
+from .awq import AWQWeight
+from .svdquant import SVDQuantWeight
+
+SVDQUANT_LAYOUT = "TensorCoreSVDQuantW4A4Layout"
+AWQ_LAYOUT = "TensorCoreAWQW4A16Layout"
+AWQ_LOW_RANK_LAYOUT = "NibbleAWQLowRankLayout"
+OURS = {SVDQUANT_LAYOUT: "svdquant_w4a4", AWQ_LAYOUT: "awq_w4a16", AWQ_LOW_RANK_LAYOUT: "awq_w4a16"}
+
+
+class NibbleAWQLowRankLayout(TensorCoreAWQW4A16Layout):
+    """awq_w4a16 with a low-rank branch; see the file header."""
+
+    @dataclass(frozen=True)
+    class Params(TensorCoreAWQW4A16Layout.Params):
+        proj_down: Tensor = None
+        proj_up: Tensor = None
+
+        def _tensor_fields(self) -> list[str]:
+            return ["scale", "zeros", "proj_down", "proj_up"]
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params) -> Tensor:
+        return super().dequantize(qdata, params) + (params.proj_up @ params.proj_down.t()).to(params.orig_dtype)
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params) -> dict[str, Tensor]:
+        return super().state_dict_tensors(qdata, params) | {"_proj_down": params.proj_down, "_proj_up": params.proj_up}
+
+
+register_layout_class(AWQ_LOW_RANK_LAYOUT, NibbleAWQLowRankLayout)
+
+
+def _awq_low_rank(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    p = weight._params
+    plain = dataclasses.replace(p, transposed=False)
+    shape = tuple(p.orig_shape[::-1]) if p.transposed else p.orig_shape
+    plain = TensorCoreAWQW4A16Layout.Params(plain.scale, p.orig_dtype, shape, plain.zeros, p.group_size)
+    y = torch.nn.functional.linear(x, QuantizedTensor(weight._qdata, AWQ_LAYOUT, plain), bias)
+    return y + (x.to(p.proj_down.dtype) @ p.proj_down) @ p.proj_up.t()
+
+
+@register_layout_op(torch.ops.aten.t.default, NibbleAWQLowRankLayout)
+def _t(qt, args, kwargs):
+    p = args[0]._params
+    flipped = dataclasses.replace(p, orig_shape=tuple(p.orig_shape[::-1]), transposed=not p.transposed)
+    return QuantizedTensor(args[0]._qdata, AWQ_LOW_RANK_LAYOUT, flipped)
+
+
+@register_layout_op(torch.ops.aten.linear.default, NibbleAWQLowRankLayout)
+def _linear(qt, args, kwargs):
+    return _awq_low_rank(args[0], args[1], args[2] if len(args) > 2 else None)
+
+
+@register_layout_op(torch.ops.aten.mm.default, NibbleAWQLowRankLayout)
+def _mm(qt, args, kwargs):
+    return _awq_low_rank(args[0], args[1], None)
+
+
+@register_layout_op(torch.ops.aten.addmm.default, NibbleAWQLowRankLayout)
+def _addmm(qt, args, kwargs):
+    return _awq_low_rank(args[1], args[2], args[0])
+
+
+def wrap(weight: SVDQuantWeight | AWQWeight, dtype: torch.dtype | None = None, tiled: bool = False) -> QuantizedTensor:
+    """A QuantizedTensor of logical shape (N, K) and ``dtype`` (default: the side tensors') that shares ``weight``'s
+    memory.
+
+    ``tiled``: svdquant_w4a4 in kitchen's tile-packed order (N % 128 == 0).
+    """
+    dtype = weight.wscales.dtype if dtype is None else dtype
+    if isinstance(weight, AWQWeight):
+        common = (weight.wscales, dtype, weight.shape, weight.wzeros)
+        if weight.proj_down is None:
+            return QuantizedTensor(weight.qweight, AWQ_LAYOUT, TensorCoreAWQW4A16Layout.Params(*common))
+        params = NibbleAWQLowRankLayout.Params(*common, proj_down=weight.proj_down, proj_up=weight.proj_up)
+        return QuantizedTensor(weight.qweight, AWQ_LOW_RANK_LAYOUT, params)
+    qweight, scale, up = weight.qweight, weight.wscales, weight.proj_up
+    if tiled:
+        qweight, scale, up = packing.tile_weight(qweight), packing.tile_scales(scale), packing.tile_up(up)
+    params = TensorCoreSVDQuantW4A4Layout.Params(
+        scale=scale,
+        orig_dtype=dtype,
+        orig_shape=weight.shape,
+        proj_down=weight.proj_down,
+        proj_up=up,
+        smooth_factor=weight.smooth_factor,
+        act_unsigned=weight.act_unsigned,
+    )
+    return QuantizedTensor(qweight, SVDQUANT_LAYOUT, params)
+
+
+def is_ours(weight) -> bool:
+    """Whether ``weight`` is a QuantizedTensor in one of this pack's 4-bit layouts."""
+    return isinstance(weight, QuantizedTensor) and weight._layout_cls in OURS
+
+
+def is_tiled(weight: QuantizedTensor) -> bool:
+    return weight._qdata.dim() == 4
+
+
+def unwrap(weight: QuantizedTensor) -> SVDQuantWeight | AWQWeight:
+    """The plain tensors of a wrapped weight, in natural order. Raises TypeError for a layout that is not ours."""
+    if not is_ours(weight):
+        name = getattr(weight, "_layout_cls", type(weight).__name__)
+        raise TypeError(f"{name} is not a 4-bit layout of this pack; those are {', '.join(OURS)}")
+    q, p = weight._qdata, weight._params
+    if weight._layout_cls != SVDQUANT_LAYOUT:
+        return AWQWeight(q, p.scale, p.zeros, getattr(p, "proj_down", None), getattr(p, "proj_up", None))
+    scale, up = p.scale, p.proj_up
+    if is_tiled(weight):
+        q, scale, up = packing.untile_weight(q), packing.untile_scales(scale), packing.untile_up(up)
+    return SVDQuantWeight(q, scale, p.smooth_factor, p.proj_down, up, p.act_unsigned)
+
+
+def cast(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+    """``weight`` with logical dtype and all side tensors in ``dtype`` (kernels want one dtype); codes are shared."""
+    p = weight._params
+    sides = {n: getattr(p, n).to(dtype) for n in p._tensor_fields()}
+    return QuantizedTensor(weight._qdata, weight._layout_cls, dataclasses.replace(p, orig_dtype=dtype, **sides))
+
+
+def extend(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
+    """``weight`` with its low-rank branch grown by ``up`` (N, r) @ ``down`` (K, r)^T; the 4-bit codes are shared,
+    untouched.
+
+    The order of several extensions does not change the result beyond rounding. Source: docs/lora.md.
+    """
+    p = weight._params
+    if weight._layout_cls == AWQ_LAYOUT:
+        plain = unwrap(weight)
+        down, up = (t.to(device=p.scale.device, dtype=p.scale.dtype).contiguous() for t in (down, up))
+        return wrap(dataclasses.replace(plain, proj_down=down, proj_up=up), p.orig_dtype)
+    down = down.to(device=p.proj_down.device, dtype=p.proj_down.dtype)
+    up = up.to(device=p.proj_up.device, dtype=p.proj_up.dtype)
+    if is_tiled(weight):
+        up = packing.tile_up(up)
+    grown = dataclasses.replace(p, proj_down=torch.cat([p.proj_down, down], 1), proj_up=torch.cat([p.proj_up, up], 1))
+    return QuantizedTensor(weight._qdata, weight._layout_cls, grown)
+
+
+def nbytes(weight: Tensor, side: int | None = None) -> int:
+    """Bytes that a weight really takes: codes and every side tensor (QuantizedTensor.nbytes counts codes only).
+
+    ``side``: count each side element as so many bytes, whatever its dtype is now.
+    """
+    if not isinstance(weight, QuantizedTensor):
+        return weight.numel() * weight.element_size()
+    return sum(t.numel() * (side if side and suffix else t.element_size()) for suffix, t in tensors(weight).items())
+
+
+def tensors(weight: QuantizedTensor) -> dict[str, Tensor]:
+    """Every tensor inside ``weight`` by kitchen's own suffixes, "" for the codes."""
+    return get_layout_class(weight._layout_cls).state_dict_tensors(weight._qdata, weight._params)

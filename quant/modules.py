@@ -1,0 +1,86 @@
+"""Quantizes weights by a plan: one weight at a time, or the linears of any torch module in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import awq, datafree, kernels, svdquant
+from .policy import LayerPlan
+from .schemes import AWQ, KEEP, SVDQUANT
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A quantized weight, the bias that belongs with it, and the error it made."""
+
+    weight: svdquant.SVDQuantWeight | awq.AWQWeight
+    bias: Tensor | None
+    error: float  # ||W - W_eff|| / ||W||
+
+
+def quantize_weight(
+    weight: Tensor, bias: Tensor | None, plan: LayerPlan, dtype: torch.dtype, seed: int = 0
+) -> QuantizedLayer:
+    """Data-free quantization of one (N, K) weight. Raises ValueError for non-finite weights or an unknown scheme."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight holds NaN or infinity")
+    if plan.scheme == SVDQUANT.id:
+        q = datafree.quantize(weight, plan.rank, dtype, plan.act_unsigned, seed)
+        dense, bias = svdquant.dequantize(q), _as(svdquant.stored_bias(q, bias), bias, dtype)
+    elif plan.scheme == AWQ.id:
+        q = awq.quantize(weight, dtype)
+        dense = awq.dequantize(q)
+    else:
+        raise ValueError(f"no quantizer for scheme {plan.scheme!r}")
+    norm = weight.float().norm()
+    return QuantizedLayer(q, bias, float((dense - weight.float()).norm() / norm) if norm > 0 else 0.0)
+
+
+def _as(new: Tensor | None, old: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if new is None else new.to(dtype if old is None else old.dtype)
+
+
+def linear_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Dotted name -> weight shape of every float linear-like submodule."""
+    return {
+        name: tuple(m.weight.shape)
+        for name, m in module.named_modules()
+        if hasattr(m, "in_features")
+        and isinstance(getattr(m, "weight", None), Tensor)
+        and not kernels.is_ours(m.weight)
+    }
+
+
+def quantize_module(
+    module: nn.Module,
+    plans: Mapping[str, LayerPlan],
+    dtype: torch.dtype,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Replaces the planned linears' weights of ``module`` in place by 4-bit ones in ``dtype``; float weights are freed.
+
+    Returns the weight error of each quantized layer. ``progress`` is called with each layer's name before it is done.
+    """
+    errors = {}
+    for name, layer_plan in plans.items():
+        if layer_plan.scheme == KEEP:
+            continue
+        if progress is not None:
+            progress(name)
+        layer = module.get_submodule(name)
+        bias = None if layer.bias is None else layer.bias.detach()
+        done = quantize_weight(layer.weight.detach(), bias, layer_plan, dtype, seed)
+        install(layer, done.weight, done.bias, dtype)
+        errors[name] = done.error
+    return errors
+
+
+def install(layer: nn.Module, weight: svdquant.SVDQuantWeight | awq.AWQWeight, bias: Tensor | None, dtype: torch.dtype):
+    """Puts a quantized weight and its bias into a linear module, both in ``dtype`` as the kernels want them."""
+    layer.weight = nn.Parameter(kernels.wrap(weight.to(dtype), dtype), requires_grad=False)
+    layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)

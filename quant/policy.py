@@ -1,0 +1,60 @@
+"""Which layer gets which scheme, as data. Families write policies; the quantizer only follows them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .schemes import KEEP, SCHEMES, scheme
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``pattern`` is searched in a layer's dotted name; the first rule of a policy that matches decides."""
+
+    pattern: str
+    scheme: str
+    reason: str
+    act_unsigned: bool = False
+
+    def __post_init__(self):
+        re.compile(self.pattern)
+        if self.scheme != KEEP:
+            scheme(self.scheme)
+        if self.act_unsigned and SCHEMES[self.scheme].act_bits != 4:
+            raise ValueError(f"rule {self.pattern!r}: only 4-bit activations can be unsigned")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What happens to one layer, and why."""
+
+    scheme: str
+    reason: str
+    rank: int = 0
+    act_unsigned: bool = False
+
+
+def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: int) -> dict[str, LayerPlan]:
+    """Every 2-D weight's plan. ``shapes``: layer name -> weight shape; a layer that no rule names stays as it is.
+
+    The rank is cut to what a small layer can use. Layers whose K the scheme cannot group stay 16-bit, with the reason.
+    """
+    if rank < 0:
+        raise ValueError(f"rank must be 0 or more, got {rank}")
+    out = {}
+    for name, shape in shapes.items():
+        if len(shape) != 2:
+            out[name] = LayerPlan(KEEP, f"not a linear layer (weight has {len(shape)} dimensions)")
+            continue
+        rule = next((r for r in rules if re.search(r.pattern, name)), None)
+        if rule is None or rule.scheme == KEEP:
+            out[name] = LayerPlan(KEEP, rule.reason if rule else "no rule of the policy names it")
+            continue
+        row, (n, k) = scheme(rule.scheme), shape
+        if not row.fits(n, k):
+            out[name] = LayerPlan(KEEP, f"K={k} is not a multiple of {row.group_size}")
+        else:
+            out[name] = LayerPlan(row.id, rule.reason, min(rank, n, k) if row.low_rank else 0, rule.act_unsigned)
+    return out

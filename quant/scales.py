@@ -1,0 +1,54 @@
+"""Signed scale search for 4-bit groups: codes in [-8, 7], scales of either sign.
+
+With scale = -sign(extreme) * amax / 8 the largest element lands on code -8, so all 16 codes are used; kernels multiply
+activation and weight scales as signed numbers, so a negative scale costs nothing at run time. Measured on real layers
+it takes 17 % off the output error of +-7 rounding (docs/quantization.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUP = 64
+CHUNK = 2**24  # elements searched at once: bounds the peak memory to a few hundred MB
+# (divisor, share of amax): code -8 reaches the extreme, or code +7 does.
+CANDIDATES = tuple((-8.0, s) for s in (1.06, 1.0, 0.95, 0.90, 0.85, 0.80)) + tuple((7.0, s) for s in (1.0, 0.92, 0.84))
+NEAREST = ((7.0, 1.0),)  # round to nearest with absmax / 7, the published recipe
+
+
+def search(
+    weight: Tensor, importance: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, candidates=CANDIDATES
+) -> tuple[Tensor, Tensor]:
+    """Codes and scales of least weighted squared error, group by group.
+
+    weight (N, K) float; importance (K,) >= 0, the weight of a column's error (None: all alike).
+    Returns codes (N, K) int8 in [-8, 7], scales (K/64, N) in ``dtype``. Scales are rounded to ``dtype`` before codes
+    are chosen, so codes match what will be multiplied. Raises ValueError if K % 64.
+    """
+    k = weight.shape[1]
+    if k % GROUP:
+        raise ValueError(f"K={k} is not a multiple of {GROUP}")
+    h = torch.ones(k, device=weight.device) if importance is None else importance.float().to(weight.device)
+    rows = max(1, CHUNK // k)
+    parts = [_search(part.float(), h, dtype, candidates) for part in weight.split(rows)]
+    return torch.cat([c for c, _ in parts]), torch.cat([s for _, s in parts]).t().contiguous()
+
+
+def _search(weight: Tensor, h: Tensor, dtype: torch.dtype, candidates) -> tuple[Tensor, Tensor]:
+    """(n, K) rows -> codes (n, K) int8, scales (n, K/64) in ``dtype``."""
+    n, k = weight.shape
+    w, h = weight.reshape(n, k // GROUP, GROUP), h.reshape(1, k // GROUP, GROUP)
+    amax, at = w.abs().max(-1, keepdim=True)
+    sign = torch.where(w.gather(-1, at) < 0, -1.0, 1.0)
+    best = torch.full_like(amax, torch.inf)
+    scales, codes = torch.zeros_like(amax), torch.zeros_like(w)
+    for divisor, share in candidates:
+        scale = (sign * amax * share / divisor).to(dtype).float()
+        q = (w / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
+        error = (q * scale - w).square_().mul_(h).sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        codes = torch.where(better, q, codes)
+    return codes.reshape(n, k).to(torch.int8), scales.squeeze(-1).to(dtype)

@@ -1,0 +1,114 @@
+"""SVDQuant W4A4: 4-bit weights and activations, and a 16-bit low-rank branch (arXiv 2411.05007).
+
+    tensor         shape      dtype          meaning
+    qweight        (N, K/2)   int8           codes in [-8, 7], natural order (packing.py)
+    wscales        (K/64, N)  bf16/fp16/f32  weight scales, either sign
+    smooth_factor  (K,)       same           activations are divided by it
+    proj_down      (K, R)     same           sees the raw x: not smoothed, not shifted
+    proj_up        (N, R)     same
+    bias           (N,)       any, optional  as stored, see below
+
+    xs = (x + shift) / smooth_factor           shift = 0, or 0.171875 when act_unsigned
+    q  = round(xs / a), a = max|xs| / 7        per row and group of 64; codes [-7, 7]
+         (act_unsigned: a = max / 15, codes [0, 15]: one more bit where the input is a GELU's output, >= -0.17)
+    y  = (q a) (codes wscales)^T + (x proj_down) proj_up^T + bias
+
+act_unsigned and the bias: the shift adds shift * sum_k Wr to the 4-bit product, Wr = codes * wscales / smooth_factor.
+The stored bias has it taken off (`stored_bias`); a dense fall-back without the shift must put it back (`dense_bias`).
+Storage range is [-8, 7]; the activation quantizer emits [-7, 7]. Source: comfy-kitchen backends/eager/svdquant.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .packing import unpack_signed
+
+GROUP = 64
+SHIFT = 0.171875  # 11/64, just over the minimum of GELU
+
+
+@dataclass(frozen=True)
+class SVDQuantWeight:
+    """A quantized (N, K) weight; see the table above. Raises ValueError when shapes do not belong together."""
+
+    qweight: Tensor
+    wscales: Tensor
+    smooth_factor: Tensor
+    proj_down: Tensor
+    proj_up: Tensor
+    act_unsigned: bool = False
+
+    def __post_init__(self):
+        n, k = self.shape
+        expected = dict(wscales=(k // GROUP, n), smooth_factor=(k,), proj_down=(k, self.rank), proj_up=(n, self.rank))
+        if k % GROUP:
+            raise ValueError(f"svdquant_w4a4: K={k} is not a multiple of {GROUP}")
+        for name, shape in expected.items():
+            got = tuple(getattr(self, name).shape)
+            if got != shape:
+                raise ValueError(f"svdquant_w4a4: {name} has shape {got}, expected {shape} for N={n}, K={k}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.qweight.shape[0], self.qweight.shape[1] * 2
+
+    @property
+    def rank(self) -> int:
+        return self.proj_down.shape[-1]
+
+    def to(self, dtype: torch.dtype) -> SVDQuantWeight:
+        """The same weight with its side tensors in ``dtype``; codes stay as they are."""
+        sides = {
+            f.name: getattr(self, f.name).to(dtype) for f in fields(self) if f.name not in ("qweight", "act_unsigned")
+        }
+        return replace(self, **sides)
+
+
+def residual(w: SVDQuantWeight) -> Tensor:
+    """The 4-bit part in the raw-x domain: codes * wscales / smooth_factor, (N, K) float32."""
+    n, k = w.shape
+    codes = unpack_signed(w.qweight).float().reshape(n, k // GROUP, GROUP)
+    return (codes * w.wscales.float().t().unsqueeze(-1)).reshape(n, k) / w.smooth_factor.float()
+
+
+def dequantize(w: SVDQuantWeight) -> Tensor:
+    """The effective dense weight, (N, K) float32: 4-bit part plus low-rank branch. See also `dense_bias`."""
+    return residual(w) + w.proj_up.float() @ w.proj_down.float().t()
+
+
+def stored_bias(w: SVDQuantWeight, bias: Tensor | None) -> Tensor | None:
+    """The bias to store with ``w``, from the float layer's bias: (N,) float32, or None where nothing is needed."""
+    if not w.act_unsigned:
+        return bias
+    correction = SHIFT * residual(w).sum(1)
+    return -correction if bias is None else bias.float() - correction
+
+
+def dense_bias(w: SVDQuantWeight, bias: Tensor | None) -> Tensor | None:
+    """The bias a dense fall-back needs, from the stored one: the inverse of `stored_bias`."""
+    if not w.act_unsigned or bias is None:
+        return bias
+    return bias.float() + SHIFT * residual(w).sum(1)
+
+
+def quantize_activation(x: Tensor, w: SVDQuantWeight) -> Tensor:
+    """What the 4-bit product sees of ``x`` (..., K): quantized and dequantized, still smoothed and shifted."""
+    k = w.shape[1]
+    xs = ((x.float() + (SHIFT if w.act_unsigned else 0.0)) / w.smooth_factor.float()).unflatten(-1, (k // GROUP, GROUP))
+    low, high = (0, 15) if w.act_unsigned else (-7, 7)
+    scale = xs.abs().amax(-1, keepdim=True).clamp(min=1e-10) / high
+    return ((xs / scale).round().clamp(low, high) * scale).flatten(-2)
+
+
+def linear(x: Tensor, w: SVDQuantWeight, bias: Tensor | None = None) -> Tensor:
+    """Reference forward in float32: x (..., K) -> (..., N). This is the specification; kernels are held against it."""
+    n, k = w.shape
+    codes = unpack_signed(w.qweight).float().reshape(n, k // GROUP, GROUP)
+    weight = (codes * w.wscales.float().t().unsqueeze(-1)).reshape(n, k)
+    y = quantize_activation(x, w) @ weight.t()
+    y = y + (x.float() @ w.proj_down.float()) @ w.proj_up.float().t()
+    return y if bias is None else y + bias.float()

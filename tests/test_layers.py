@@ -1,0 +1,97 @@
+"""Who may import whom inside the pack. The directions are the design; this walks every import statement."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "server", "nodes"}
+CORE = {"training", "lora", "sampling", "prompts", "profiling", "metrics", "checkpoints", "quant", "demo"}
+ALLOWED = {
+    "": {"nodes"},
+    "nodes": CORE,
+    "headless": CORE,
+    "training": {"lora", "sampling", "quant"},
+    "lora": {"checkpoints.families", "quant"},
+    "checkpoints": {"quant"},
+    "demo": {"metrics"},
+    "quant": set(),
+    "prompts": set(),
+    "sampling": set(),
+    "profiling": set(),
+    "metrics": set(),
+}
+# Inside checkpoints/: formats know bytes, families know names, and neither knows the other.
+APART = (("checkpoints.formats", "checkpoints.families"), ("checkpoints.families", "checkpoints.formats"))
+
+
+def sources() -> list[Path]:
+    skip = {"tests", "benchmarks", "build", "out"}
+    return [p for p in ROOT.rglob("*.py") if not (set(p.relative_to(ROOT).parts) & skip or ".venv" in str(p))]
+
+
+def module_of(path: Path) -> list[str]:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted target, relative?) of every import statement, lazy ones too; relative ones from the pack's root."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    out = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            out += [(a.name, False) for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            out.append((node.module, False))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            stem = base + (node.module.split(".") if node.module else [])
+            out += [(".".join([*stem, a.name] if not node.module else stem), True) for a in node.names]
+    return out
+
+
+def within(target: str, area: str) -> bool:
+    return target == area or target.startswith(area + ".")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    home = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
+    assert home in ALLOWED, f"{home} is not a folder of the design"
+    for target, relative in imports(path):
+        top = target.split(".")[0]
+        if not relative:
+            assert top != "comfyui_nibble", f"absolute import of the pack itself: {target}"
+            assert top not in COMFYUI or home == "nodes", f"ComfyUI imported outside nodes/: {target}"
+        elif top != home:
+            assert any(within(target, area) for area in ALLOWED[home]), f"{home or 'root'} imports {target}"
+    here = ".".join(module_of(path))
+    for one, other in APART:
+        if within(here, one):
+            assert not any(relative and within(t, other) for t, relative in imports(path)), f"{one} imports {other}"
+
+
+def test_only_the_bridge_touches_internals():
+    """Outside nodes/bridge, nodes use ComfyUI's public API only."""
+    public = {"comfy_api", "folder_paths"}
+    for path in (ROOT / "nodes").glob("*.py"):
+        for target, relative in imports(path):
+            top = target.split(".")[0]
+            assert relative or top not in COMFYUI or top in public, f"{path.name} imports {target}"
+
+
+def test_every_relative_import_exists():
+    """A lazy import of a file that is gone would only fail in a user's hands."""
+    for path in sources():
+        for target, relative in imports(path):
+            if relative:
+                p = ROOT.joinpath(*target.split("."))
+                parent = p.parent
+                assert (
+                    p.with_suffix(".py").exists()
+                    or p.is_dir()
+                    or parent.with_suffix(".py").exists()
+                    or (parent / "__init__.py").exists()
+                ), f"{path}: {target}"
