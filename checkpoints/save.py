@@ -47,12 +47,23 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, str
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, part, {"format": "pt", **info})
+        save_file(_separate(tensors), part, {"format": "pt", **info})
         _sort_metadata(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors of which no two share memory, as the format demands (split q/k/v share their sides)."""
+    out, seen = {}, set()
+    for name, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        out[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return out
 
 
 def _sort_metadata(path: Path) -> None:

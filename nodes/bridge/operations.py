@@ -58,24 +58,26 @@ def operations(compute_dtype: torch.dtype, disabled: frozenset[str] = frozenset(
             def _load_from_state_dict(self, sd, prefix, local, strict, missing, unexpected, errors):
                 weight = sd.get(f"{prefix}weight")
                 if kernels.is_ours(weight):
-                    self._load_ours(sd, prefix, errors)
+                    self._check_shape(weight, prefix, errors)
+                    self._load_ours(sd, prefix)
                     return
                 plain = isinstance(weight, torch.Tensor) and f"{prefix}comfy_quant" not in sd
-                narrow = plain and weight.is_floating_point() and weight.dtype.itemsize < compute_dtype.itemsize
                 super()._load_from_state_dict(sd, prefix, local, strict, missing, unexpected, errors)
-                if narrow:
-                    if tuple(weight.shape) != self._orig_shape:
-                        got, want = tuple(weight.shape), self._orig_shape
-                        errors.append(f"size mismatch for {prefix}weight: got {got}, expected {want}")
-                    self.weight = _parameter(weight)
-                    self._keep_bias(sd, prefix)
+                if plain:
+                    self._check_shape(weight, prefix, errors)
+                    if weight.is_floating_point() and weight.dtype.itemsize < compute_dtype.itemsize:
+                        self.weight = _parameter(weight)
+                        self._keep_bias(sd, prefix)
 
-            def _load_ours(self, sd, prefix, errors):
+            def _check_shape(self, weight, prefix, errors):
+                """ComfyUI's mixed-precision Linear takes any shape and fails while sampling."""
+                got, want = tuple(weight.shape), self._orig_shape
+                if got != want:
+                    errors.append(f"size mismatch for {prefix}weight: got {got}, expected {want}")
+
+            def _load_ours(self, sd, prefix):
                 weight = sd.pop(f"{prefix}weight")
                 sd.pop(f"{prefix}comfy_quant", None)
-                if tuple(weight.shape) != self._orig_shape:
-                    got, want = tuple(weight.shape), self._orig_shape
-                    errors.append(f"size mismatch for {prefix}weight: got {got}, expected {want}")
                 self.layout_type = weight._layout_cls
                 self.quant_format = kernels.OURS[weight._layout_cls]
                 self.weight = _parameter(weight)
