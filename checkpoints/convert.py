@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..quant.calib.engine import Layer
 from ..quant.modules import quantize_weight
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan
 from ..quant.schemes import KEEP, SVDQUANT
+from ..quant.svdquant import SVDQuantWeight
 from . import save
 from .errors import CheckpointError
-from .formats import comfy_quant
+from .formats import comfy_quant, core_quant
 from .source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -77,66 +80,95 @@ def side_dtype(source: Source) -> tuple[torch.dtype, bool]:
     return getattr(torch, source.family.side_dtype), True
 
 
-def quantize(
-    source: Source,
-    out: str | Path,
-    rank: int = 32,
-    seed: int = 0,
-    tiled: bool = False,
-    device: str = "cpu",
-    progress: Progress | None = None,
-) -> Conversion:
-    """Data-free 4-bit file ``out`` of an open ``source`` by its family's policy.
-
-    ``tiled``: kitchen's tile-packed order where N % 128 == 0. Never overwrites; raises CheckpointError naming the
-    layer.
+@dataclass(frozen=True)
+class Options:
+    """How to write. ``solved``: layers that calibration has done, by name below the source's prefix; the others are
+    quantized data-free. ``calibration``: the record's entry on where ``solved`` came from.
     """
-    plans = plan_source(source, rank)
+
+    rank: int = 32
+    seed: int = 0
+    tiled: bool = False
+    device: str = "cpu"
+    plans: Mapping[str, LayerPlan] | None = None
+    solved: Mapping[str, Layer] = field(default_factory=dict)
+    calibration: Mapping | None = None
+
+
+def quantize(
+    source: Source, out: str | Path, options: Options | None = None, progress: Progress | None = None
+) -> Conversion:
+    """The 4-bit file ``out`` of an open ``source`` by its family's policy.
+
+    Never overwrites; raises CheckpointError naming the layer that cannot be done.
+    """
+    options = options or Options()
+    plans = options.plans or plan_source(source, options.rank)
     dtype, shrink = side_dtype(source)
     tensors: dict[str, Tensor] = {}
     done: list[Converted] = []
-    total = len(source.shapes)
     for i, name in enumerate(source):
         if progress is not None:
-            progress(i, total, name)
-        layer = name[len(source.prefix) :].rsplit(".", 1)[0] if name.startswith(source.prefix) else ""
-        layer_plan = plans.get(layer)
-        quantized = layer_plan is not None and layer_plan.scheme != KEEP
-        if quantized and name.endswith(".bias"):
-            continue  # goes with its weight
-        if quantized and name.endswith(".weight"):
-            full = name.removesuffix(".weight")
-            stored, row = _quantize_layer(source, full, layer_plan, dtype, seed, tiled, device)
+            progress(i, len(source.shapes), name)
+        inner = name[len(source.prefix) :] if name.startswith(source.prefix) else ""
+        layer, _, end = inner.rpartition(".")
+        quantized = layer in plans and plans[layer].scheme != KEEP and end in ("weight", "bias")
+        if quantized and end == "weight":
+            stored, row = _quantize_layer(source, layer, plans[layer], dtype, options)
             tensors |= stored
             done.append(row)
-            continue
-        value = source.get(name)
-        tensors[name] = value.to(dtype) if shrink and value.dtype in (torch.float32, torch.float64) else value
-    info = {k: v for k, v in source.metadata.items() if k.startswith("modelspec.")}
-    info |= save.record(
-        scheme=" + ".join(sorted({row.plan.scheme for row in done})),
-        rank=rank,
-        group_size=SVDQUANT.group_size,
-        family=source.family.id,
-        source_sha256=save.sha256(source.files),
-        calibration={"method": "data_free", "seed": seed},
-        layers=len(done),
-    )
-    path = save.save(out, tensors, info)
+        elif not quantized:  # a quantized layer's bias goes with its weight
+            value = source.get(name)
+            tensors[name] = value.to(dtype) if shrink and value.dtype in (torch.float32, torch.float64) else value
+    path = save.save(out, tensors, _info(source, options, done))
     before = sum(f.stat().st_size for f in source.files)
     return Conversion(path, source.family.title, tuple(done), before, path.stat().st_size)
 
 
-def _quantize_layer(source: Source, full: str, layer_plan: LayerPlan, dtype, seed: int, tiled: bool, device: str):
-    weight = source.get(f"{full}.weight").to(device)
-    bias = source.get(f"{full}.bias").to(device) if f"{full}.bias" in source.shapes else None
+def _info(source: Source, options: Options, done: list[Converted]) -> dict[str, str]:
+    info = {k: v for k, v in source.metadata.items() if k.startswith("modelspec.")}
+    return info | save.record(
+        scheme=" + ".join(sorted({row.plan.scheme for row in done})),
+        rank=options.rank,
+        group_size=SVDQUANT.group_size,
+        family=source.family.id,
+        source_sha256=save.sha256(source.files),
+        calibration=dict(options.calibration or {"method": "data_free", "seed": options.seed}),
+        layers=len(done),
+    )
+
+
+def _quantize_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: torch.dtype, options: Options):
+    full = source.prefix + layer
+    ready = options.solved.get(layer)
+    if ready is not None:
+        layer_plan, solved = ready.plan, ready.solved
+        weight, bias, error = solved.weight, solved.bias, solved.error
+    else:
+        weight, bias, error = _data_free(source, full, layer_plan, dtype, options)
+    n, k = weight.shape
+    stored = stored_layer(full, weight, dtype, options.tiled)
+    after = sum(t.numel() * t.element_size() for t in stored.values())
+    if bias is not None:
+        stored[f"{full}.bias"] = bias.to(dtype)
+    return stored, Converted(layer, layer_plan, error, 2 * n * k, after)
+
+
+def stored_layer(full: str, weight, dtype: torch.dtype, tiled: bool = False) -> dict[str, Tensor]:
+    """The tensors of one solved layer, whatever it became: ours, a format of ComfyUI's, or 16 bits."""
+    if isinstance(weight, QuantizedTensor):
+        return core_quant.write(full, weight)
+    if isinstance(weight, Tensor):
+        return {f"{full}.weight": weight.to(dtype)}
+    tiled = tiled and isinstance(weight, SVDQuantWeight) and tiles_fit(*weight.shape)
+    return comfy_quant.write(full, weight.to(dtype), tiled)
+
+
+def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dtype, options: Options):
+    weight = source.get(f"{full}.weight").to(options.device)
+    bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
     try:
-        q = quantize_weight(weight, bias, layer_plan, dtype, seed)
+        q = quantize_weight(weight, bias, layer_plan, dtype, options.seed)
     except ValueError as e:
         raise CheckpointError(source.name, str(e), "Repair the checkpoint, or keep this layer in 16 bits", full) from e
-    tile = tiled and layer_plan.scheme == SVDQUANT.id and tiles_fit(*weight.shape)
-    stored = comfy_quant.write(full, q.weight, tile)
-    after = sum(t.numel() * t.element_size() for t in stored.values())
-    if q.bias is not None:
-        stored[f"{full}.bias"] = q.bias.to(dtype)
-    return stored, Converted(full, layer_plan, q.error, 2 * weight.numel(), after)
+    return q.weight, q.bias, q.error

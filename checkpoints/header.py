@@ -49,12 +49,13 @@ def read(path: str | Path) -> Header:
     if not path.is_file():
         raise CheckpointError(path.name, "there is no such file", "Choose one from the list, or check the folder")
     with path.open("rb") as f:
-        start = f.read(4)
-    if start == b"GGUF":
+        start = f.read(9)
+    if start[:4] == b"GGUF":
         raise CheckpointError(
             path.name, "this is a GGUF file", "Load it with a GGUF loader; this one reads safetensors"
         )
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # A safetensors header's length can start with the same bytes; its JSON follows at byte 8.
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise CheckpointError(
             path.name, "this is a pickle (.ckpt, .pt), which can run code", "Convert it to safetensors first"
         )

@@ -89,6 +89,10 @@ def _label(scheme: str) -> str:
 
 
 def _short(value) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(
+            [str(value.get("method", "")), *(f"{k} {v}" for k, v in value.items() if k in ("seed", "prompts"))]
+        )
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return text if len(text) <= 48 else text[:16] + "..."
 

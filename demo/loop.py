@@ -120,6 +120,5 @@ def train(
         if now - saved > save_every or step == plan.steps:
             save_state(path, step, spent + now - began, params, optimizer, average)
             saved = now
-    total = spent + time.monotonic() - began
     average.copy_to()
-    return total
+    return spent + time.monotonic() - began

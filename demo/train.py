@@ -55,6 +55,10 @@ class Run:
         sample = stages.encode(model, both[::4], self.device)
         model.register_to_config(scaling_factor=round(1 / sample.std().item(), 4))
         model.half().save_pretrained(self.model / "vae")
+        config = self.model / "vae" / "config.json"
+        values = json.loads(config.read_text())
+        values.pop("block_out_channels", None)  # derived while loading; diffusers warns about it in a file
+        config.write_text(json.dumps(values, indent=2) + "\n")
         self.note("autoencoder", seconds=round(seconds), steps=stages.AUTOENCODER.steps)
 
     def vae(self):

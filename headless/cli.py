@@ -72,7 +72,7 @@ def run_demo(args) -> None:
 
 
 def run_quantize(args) -> None:
-    from ..checkpoints.convert import quantize
+    from ..checkpoints.convert import Options, quantize
     from ..checkpoints.source import open_source
     from .pipeline import device_and_dtype
 
@@ -82,7 +82,8 @@ def run_quantize(args) -> None:
         def update(done: int, total: int, name: str) -> None:
             progress.update(done + 1 - progress.n)
 
-        result = quantize(source, args.out, args.rank, args.seed, args.tile_packed, device, update)
+        options = Options(rank=args.rank, seed=args.seed, tiled=args.tile_packed, device=device)
+        result = quantize(source, args.out, options, update)
     print(result.summary())
     print(result.path)
 

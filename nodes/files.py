@@ -53,3 +53,25 @@ def listed_path(choice: str, folders: tuple[str, ...]) -> str:
     if folder not in folders or not name:
         raise ValueError(f"{choice!r} is not one of the listed files. Choose one from the list")
     return path(folder, name)
+
+
+MAX_TEXT = 2**20
+
+
+def input_names(endings: tuple[str, ...]) -> list[str]:
+    """Files with one of ``endings`` directly in the input folder."""
+    folder = folder_paths.get_input_directory()
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(n for n in found if n.lower().endswith(endings) and os.path.isfile(os.path.join(folder, n)))
+
+
+def input_text(name: str) -> str:
+    """The text of a file in the input folder. Raises ValueError for a name outside it or more than 1 MiB."""
+    folder = folder_paths.get_input_directory()
+    full = os.path.join(folder, name)
+    if not folder_paths.is_within_directory(folder, full) or not os.path.isfile(full):
+        raise ValueError(f"{name}: there is no such file in the input folder")
+    if os.path.getsize(full) > MAX_TEXT:
+        raise ValueError(f"{name} is larger than 1 MiB; a prompt list is not")
+    with open(full, encoding="utf-8", errors="replace") as f:
+        return f.read()

@@ -61,15 +61,19 @@ class AWQWeight:
         return replace(self, **{n: None if v is None else v.to(dtype) for n, v in sides.items()})
 
 
-def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> AWQWeight:
+def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16, importance: Tensor | None = None) -> AWQWeight:
     """Least-squares 4-bit groups of ``weight`` (N, K): min-max start, then rounding and refitting in turn.
 
-    Scales and zeros are rounded to ``dtype`` before codes are chosen. Raises ValueError if K % 64.
+    ``importance`` (K,) >= 0 weighs each column's error, for instance E[x^2] of the input (None: all alike). Scales and
+    zeros are rounded to ``dtype`` before codes are chosen. Raises ValueError if K % 64.
     """
     n, k = weight.shape
     if k % GROUP:
         raise ValueError(f"K={k} is not a multiple of {GROUP}")
     w = weight.float().reshape(n, k // GROUP, GROUP)
+    h = torch.ones(k, device=w.device) if importance is None else importance.float().to(w.device)
+    h = (h / h.mean().clamp(min=1e-30) + 1e-6).reshape(1, k // GROUP, GROUP)
+    total = h.sum(-1, keepdim=True)
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     scale = (high - low) / 15
     zero = low + 8 * scale
@@ -78,16 +82,16 @@ def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> AWQWeight:
     for _ in range(ROUNDS):
         scale, zero = scale.to(dtype).float(), zero.to(dtype).float()
         q = ((w - zero) / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
-        error = (q * scale + zero - w).square().sum(-1, keepdim=True)
+        error = (q * scale + zero - w).square_().mul_(h).sum(-1, keepdim=True)
         if kept is None:
             kept = (q, scale, zero)
         better = error < best
         kept = tuple(torch.where(better, new, old) for new, old in zip((q, scale, zero), kept, strict=True))
         best = torch.where(better, error, best)
         # The best scale and zero for these codes: a straight line through (code, weight).
-        mq, mw = q.mean(-1, keepdim=True), w.mean(-1, keepdim=True)
-        spread = (q - mq).square().sum(-1, keepdim=True)
-        slope = ((q - mq) * (w - mw)).sum(-1, keepdim=True) / torch.where(spread == 0, 1.0, spread)
+        mq, mw = (q * h).sum(-1, keepdim=True) / total, (w * h).sum(-1, keepdim=True) / total
+        spread = (h * (q - mq).square()).sum(-1, keepdim=True)
+        slope = (h * (q - mq) * (w - mw)).sum(-1, keepdim=True) / torch.where(spread == 0, 1.0, spread)
         scale = torch.where(spread == 0, scale, slope)
         zero = mw - scale * mq
     q, scale, zero = kept

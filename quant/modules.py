@@ -80,7 +80,14 @@ def quantize_module(
     return errors
 
 
-def install(layer: nn.Module, weight: svdquant.SVDQuantWeight | awq.AWQWeight, bias: Tensor | None, dtype: torch.dtype):
-    """Puts a quantized weight and its bias into a linear module, both in ``dtype`` as the kernels want them."""
-    layer.weight = nn.Parameter(kernels.wrap(weight.to(dtype), dtype), requires_grad=False)
+def install(layer: nn.Module, weight, bias: Tensor | None, dtype: torch.dtype):
+    """Puts a weight and its bias into a linear module, both in ``dtype`` as the kernels want them.
+
+    ``weight``: one of ours (plain tensors), a QuantizedTensor in a format of ComfyUI's, or a dense tensor.
+    """
+    if isinstance(weight, svdquant.SVDQuantWeight | awq.AWQWeight):
+        weight = kernels.wrap(weight.to(dtype), dtype)
+    else:
+        weight = weight.to(dtype)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)

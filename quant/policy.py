@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .schemes import KEEP, SCHEMES, scheme
+from . import core_formats
+from .schemes import KEEP, SCHEMES, SVDQUANT, scheme
 
 
 @dataclass(frozen=True)
@@ -57,4 +58,33 @@ def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: i
             out[name] = LayerPlan(KEEP, f"K={k} is not a multiple of {row.group_size}")
         else:
             out[name] = LayerPlan(row.id, rule.reason, min(rank, n, k) if row.low_rank else 0, rule.act_unsigned)
+    return out
+
+
+TARGETS = (SVDQUANT.id, *core_formats.FORMATS)
+
+
+def retarget(
+    plans: Mapping[str, LayerPlan], shapes: Mapping[str, tuple[int, ...]], target: str
+) -> dict[str, LayerPlan]:
+    """``plans`` with every 4-bit layer in one of ComfyUI's own formats instead; svdquant_w4a4 leaves them as they are.
+
+    Modulations, which the policy gives to awq_w4a16, stay 16-bit there: 4-bit activations ruin them. Raises ValueError
+    for an unknown target.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; there are {', '.join(TARGETS)}")
+    if target == SVDQUANT.id:
+        return dict(plans)
+    row = core_formats.FORMATS[target]
+    out = {}
+    for name, p in plans.items():
+        if p.scheme == KEEP:
+            out[name] = p
+        elif p.scheme != SVDQUANT.id and row.act_bits < 8:
+            out[name] = LayerPlan(KEEP, f"{p.reason}: {target} has no 16-bit activations")
+        elif row.fits(*shapes[name]):
+            out[name] = LayerPlan(target, p.reason)
+        else:
+            out[name] = LayerPlan(KEEP, f"{target} does not fit N={shapes[name][0]}, K={shapes[name][1]}")
     return out

@@ -40,15 +40,20 @@ def _search(weight: Tensor, h: Tensor, dtype: torch.dtype, candidates) -> tuple[
     n, k = weight.shape
     w, h = weight.reshape(n, k // GROUP, GROUP), h.reshape(1, k // GROUP, GROUP)
     amax, at = w.abs().max(-1, keepdim=True)
-    sign = torch.where(w.gather(-1, at) < 0, -1.0, 1.0)
+    signed = torch.where(w.gather(-1, at) < 0, -amax, amax)
     best = torch.full_like(amax, torch.inf)
-    scales, codes = torch.zeros_like(amax), torch.zeros_like(w)
+    scales = torch.zeros_like(amax)
     for divisor, share in candidates:
-        scale = (sign * amax * share / divisor).to(dtype).float()
-        q = (w / torch.where(scale == 0, 1.0, scale)).round_().clamp_(-8, 7)
-        error = (q * scale - w).square_().mul_(h).sum(-1, keepdim=True)
+        scale = (signed * (share / divisor)).to(dtype).float()
+        error = _nearest(w, scale).mul_(scale).sub_(w).square_().mul_(h).sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scales = torch.where(better, scale, scales)
-        codes = torch.where(better, q, codes)
+    # Codes once, for the winners: keeping them for every candidate would double the memory traffic.
+    codes = _nearest(w, scales)
     return codes.reshape(n, k).to(torch.int8), scales.squeeze(-1).to(dtype)
+
+
+def _nearest(w: Tensor, scale: Tensor) -> Tensor:
+    """Codes in [-8, 7] as floats; a group of scale 0 gets 0."""
+    return (w * torch.where(scale == 0, 0.0, 1 / scale)).round_().clamp_(-8, 7)

@@ -25,6 +25,7 @@ from ...quant.schemes import KEEP
 from . import selfcheck
 from .load import wrapped
 from .operations import operations
+from .patcher import claim
 
 SD15_LATENT_SCALE = 0.18215  # what ComfyUI's SD15 latent format multiplies by; undone in the VAE's own scale
 
@@ -60,7 +61,7 @@ def unet_config() -> dict:
     }
 
 
-def model(four_bit: bool, rank: int = 16):
+def model(four_bit: bool, rank: int = 16, disable_dynamic: bool = False):
     """The demo's diffusion model as an ordinary ModelPatcher, in 16 bits or quantized now, data-free, to 4 bits."""
     selfcheck.require()
     config = comfy.supported_models.SD15(unet_config())
@@ -85,9 +86,11 @@ def model(four_bit: bool, rank: int = 16):
         sd |= wrapped(layers)
         config.custom_operations = operations(compute)
     base = config.get_model(sd, "")
-    patcher = comfy.model_patcher.CoreModelPatcher(base, load_device=device, offload_device=offload)
+    class_ = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = class_(base, load_device=device, offload_device=offload)
     base.load_model_weights(sd, "", assign=patcher.is_dynamic())
-    return patcher
+    patcher.cached_patcher_init = (model, (four_bit, rank))
+    return claim(patcher)
 
 
 class _TextModel(comfy.clip_model.CLIPTextModel):

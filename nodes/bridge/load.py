@@ -25,6 +25,7 @@ from ...checkpoints.load import Checkpoint, parse
 from ...quant import kernels
 from . import selfcheck
 from .operations import operations
+from .patcher import claim
 
 log = logging.getLogger(__name__)
 OTHER_LOADER = "Use the loader of the pack that made it, or ComfyUI's own"
@@ -66,7 +67,7 @@ def diffusion_model(path: str, disable_dynamic: bool = False):
             raise _unknown(checkpoint.name)
         check_complete(model, checkpoint.name)
     model.cached_patcher_init = (diffusion_model, (path,))
-    return model
+    return claim(model)
 
 
 def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
@@ -86,7 +87,7 @@ def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
         raise CheckpointError(checkpoint.name, "it holds a diffusion model only", remedy)
     check_complete(model, checkpoint.name)
     model.cached_patcher_init = (full_checkpoint, (path, embeddings), 0)
-    return model, clip, vae
+    return claim(model), clip, vae
 
 
 def model_options(sd: dict[str, torch.Tensor], prefix: str, name: str) -> dict:

@@ -12,25 +12,12 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints.formats import comfy_quant
-from ...quant import kernels, svdquant
-from ...quant.awq import dequantize as awq_dequantize
+from ...quant import kernels
+from .patches import dense, grown, on_the_fly, shift_of
 
 # comfy-kitchen's suffixes of a weight's parts -> the on-disk names
 ON_DISK = {"": "weight", "_scale": "weight_scale", "_zeros": "weight_zero", "_smooth_factor": "smooth_factor",
            "_proj_down": "proj_down", "_proj_up": "proj_up"}  # fmt: skip
-
-
-def dense(weight: QuantizedTensor) -> torch.Tensor:
-    """The effective (N, K) float32 weight of a 4-bit one. Cheaper and exacter than kitchen's identity-matrix way."""
-    plain = kernels.unwrap(weight)
-    return svdquant.dequantize(plain) if isinstance(plain, svdquant.SVDQuantWeight) else awq_dequantize(plain)
-
-
-def shift_of(weight: QuantizedTensor) -> torch.Tensor | None:
-    """(N,) that a dense forward must add to the stored bias of an unsigned layer; None for every other weight."""
-    if not (kernels.is_ours(weight) and getattr(weight._params, "act_unsigned", False)):
-        return None
-    return svdquant.SHIFT * svdquant.residual(kernels.unwrap(weight)).sum(1)
 
 
 def kernel_dtype(x: torch.Tensor) -> torch.dtype:
@@ -47,6 +34,14 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
     return y.to(x.dtype)
 
 
+def stored(weight: QuantizedTensor, quant_format: str) -> dict[str, torch.Tensor]:
+    """The tensors of a 4-bit weight under their on-disk names, without the bias."""
+    out = {ON_DISK[suffix]: tensor for suffix, tensor in kernels.tensors(weight).items()}
+    unsigned = getattr(weight._params, "act_unsigned", False)
+    out["comfy_quant"] = comfy_quant.encode_config(comfy_quant.config(quant_format, unsigned, kernels.is_tiled(weight)))
+    return out
+
+
 def operations(compute_dtype: torch.dtype, disabled: frozenset[str] = frozenset()):
     """The operations class for a model that computes in ``compute_dtype``; ``disabled``: ComfyUI formats to emulate."""
     base = comfy.ops.mixed_precision_ops({"mixed_ops": True}, compute_dtype, disabled=set(disabled))
@@ -54,6 +49,7 @@ def operations(compute_dtype: torch.dtype, disabled: frozenset[str] = frozenset(
     class NibbleOperations(base):
         class Linear(base.Linear):
             dense_shift = None  # (N,), while a dense weight stands in for an unsigned 4-bit one
+            lora = None  # (down, up) beside a weight that must keep its size (dynamic VRAM); see patcher.py
 
             def _load_from_state_dict(self, sd, prefix, local, strict, missing, unexpected, errors):
                 weight = sd.get(f"{prefix}weight")
@@ -91,44 +87,78 @@ def operations(compute_dtype: torch.dtype, disabled: frozenset[str] = frozenset(
 
             def state_dict(self, *args, destination=None, prefix="", **kwargs):
                 if not kernels.is_ours(self.weight):
-                    return super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+                    sd = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+                    bias = self.convert_bias(self.bias)
+                    if bias is not None:
+                        sd[f"{prefix}bias"] = bias
+                    return sd
                 sd = {} if destination is None else destination
                 if self.bias is not None:
                     sd[f"{prefix}bias"] = self.bias
-                for suffix, tensor in kernels.tensors(self.weight).items():
-                    sd[f"{prefix}{ON_DISK[suffix]}"] = tensor
-                unsigned = getattr(self.weight._params, "act_unsigned", False)
-                config = comfy_quant.config(self.quant_format, unsigned, kernels.is_tiled(self.weight))
-                sd[f"{prefix}comfy_quant"] = comfy_quant.encode_config(config)
+                sd.update({f"{prefix}{name}": t for name, t in stored(self.weight, self.quant_format).items()})
                 return sd
 
             def forward(self, input, *args, **kwargs):
                 if getattr(self, "layout_type", None) not in kernels.OURS:
                     return super().forward(input, *args, **kwargs)
                 comfy.ops.run_every_op()
-                if not kernels.is_ours(self.weight) or len(self.weight_function) > 0:
+                if not kernels.is_ours(self.weight):
                     return self._dense_forward(input)
-                with comfy.ops.CastBiasWeightContext(
-                    self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=kernel_dtype(input),
-                    offloadable=True, compute_dtype=input.dtype, want_requant=True,
-                ) as (weight, bias):  # fmt: skip
+                functions = self.weight_function
+                with self._moved(input) as (weight, bias):
+                    if self.lora is not None:
+                        weight = grown(weight, *self.lora)
+                    weight = on_the_fly(weight, functions)
                     if kernels.is_ours(weight):
                         return linear(input, weight, bias)
-                    return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
+                    return self._dense_linear(input, weight, bias)
+
+            def _moved(self, input):
+                """The context of (4-bit weight, bias) on the input's device. Weight functions are left out: ComfyUI
+                would dequantize for them, and then round again.
+                """
+                functions = self.weight_function
+                if functions:
+                    self.weight_function = []
+                try:
+                    return comfy.ops.CastBiasWeightContext(
+                        self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=kernel_dtype(input),
+                        offloadable=True, compute_dtype=input.dtype, want_requant=True,
+                    )  # fmt: skip
+                finally:
+                    if functions:
+                        self.weight_function = functions
 
             def _dense_forward(self, input):
-                """ComfyUI's way with patched weights: a dense matrix, and the bias an unsigned layer then needs."""
-                shift = shift_of(self.weight) if kernels.is_ours(self.weight) else self.dense_shift
                 with comfy.ops.CastBiasWeightContext(
                     self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
                     offloadable=True, compute_dtype=input.dtype, want_requant=False,
                 ) as (weight, bias):  # fmt: skip
-                    if isinstance(weight, QuantizedTensor):
-                        weight = dense(weight)
-                    if shift is not None:
-                        shift = shift.to(device=input.device, dtype=input.dtype)
-                        bias = shift if bias is None else bias + shift
-                    return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
+                    return self._dense_linear(input, weight, bias)
+
+            def _dense_linear(self, input, weight, bias):
+                """A dense matrix stands in for the 4-bit one; an unsigned layer's stored bias lacks its shift."""
+                bias = self.convert_bias(_as(bias, input))
+                return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
+
+            def _shift(self):
+                return shift_of(self.weight) if kernels.is_ours(self.weight) else self.dense_shift
+
+            def convert_bias(self, bias, inplace=False, **kwargs):
+                """The layer's true bias, from the stored one: what merges and patches work on."""
+                shift = self._shift()
+                if bias is None or shift is None:
+                    return shift if bias is None else bias
+                return bias + shift.to(bias)
+
+            def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **kwargs):
+                """Stores a true bias. The inverse of `convert_bias`, rounded to the stored dtype."""
+                shift = self._shift()
+                bias = (bias if shift is None else bias - shift.to(bias)).to(self.bias.dtype)
+                if return_weight:
+                    return bias
+                self.bias = _parameter(bias)
+                return None
 
             def convert_weight(self, weight, inplace=False, **kwargs):
                 return (
@@ -143,6 +173,7 @@ def operations(compute_dtype: torch.dtype, disabled: frozenset[str] = frozenset(
                 """
                 if getattr(self, "layout_type", None) not in kernels.OURS:
                     return super().set_weight(weight, inplace_update, seed, return_weight, **kwargs)
+                weight = weight.to(self.weight.dtype)
                 if return_weight:
                     return weight
                 if kernels.is_ours(self.weight):

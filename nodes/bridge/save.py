@@ -20,9 +20,9 @@ def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -
     comfy.model_management.load_models_gpu([model])
     sd = model.state_dict_for_saving()
     tensors = {k.removeprefix(PREFIX): v.to("cpu") for k, v in sd.items()}
-    schemes = sorted(
-        {m.quant_format for m in model.model.diffusion_model.modules() if getattr(m, "quant_format", None)}
-    )
+    named = model.model.diffusion_model.named_modules()
+    # A patch without a low-rank form (DoRA, merges) leaves a dense layer, which has no such entry.
+    schemes = sorted({m.quant_format for n, m in named if f"{n}.comfy_quant" in tensors})
     info = save.record(scheme=" + ".join(schemes) or "16-bit", saved_from="a workflow")
     info |= dict(getattr(model, "attachments", {}).get("nibble_record", {}))
     if not args.disable_metadata:

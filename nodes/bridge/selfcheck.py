@@ -14,11 +14,14 @@ class UnsupportedComfyUI(RuntimeError):
 
 def missing() -> list[str]:
     """What this ComfyUI lacks, in words; empty when all is well."""
+    import comfy.lora
+    import comfy.lora_convert
     import comfy.model_management
     import comfy.model_patcher
     import comfy.ops
     import comfy.sd
 
+    patcher = comfy.model_patcher.ModelPatcher
     wanted = (
         (comfy.ops, "mixed_precision_ops", ("quant_config", "compute_dtype", "disabled")),
         (comfy.ops, "CastBiasWeightContext", ()),
@@ -26,8 +29,21 @@ def missing() -> list[str]:
         (comfy.sd, "load_diffusion_model_state_dict", ("sd", "model_options", "metadata", "disable_dynamic")),
         (comfy.sd, "load_state_dict_guess_config", ("sd", "model_options", "metadata", "disable_dynamic")),
         (comfy.model_management, "unet_manual_cast", ("weight_dtype", "inference_device", "supported_dtypes")),
-        (comfy.model_patcher.ModelPatcher, "patch_weight_to_device", ("key", "return_weight", "force_cast")),
+        (patcher, "patch_weight_to_device", ("key", "return_weight", "force_cast")),
+        (patcher, "get_key_patches", ("filter_prefix",)),
+        (patcher, "clone", ("disable_dynamic", "model_override")),
+        (patcher, "add_hook_patches", ("hook", "patches", "strength_patch", "strength_model")),
+        (patcher, "patch_hook_weight_to_device", ("hooks", "combined_patches", "key", "original_weights")),
+        (patcher, "patch_cached_hook_weights", ("cached_weights", "key")),
+        (patcher, "unpatch_hooks", ("whitelist_keys_set",)),
+        (patcher, "model_state_dict_for_saving", ("model", "prefix")),
+        (comfy.model_patcher, "ModelPatcherDynamic", ()),
+        (comfy.model_patcher, "LazyCastingParam", ()),
+        (comfy.model_patcher, "LowVramPatch", ("key", "patches")),
         (comfy.model_patcher, "get_key_weight", ("model", "key")),
+        (comfy.lora, "load_lora", ("lora", "to_load", "log_missing")),
+        (comfy.lora, "calculate_weight", ("patches", "weight", "key", "original_weights")),
+        (comfy.lora_convert, "convert_lora", ("sd",)),
     )
     return [problem for owner, name, names in wanted if (problem := _lacks(owner, name, names))]
 

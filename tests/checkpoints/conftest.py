@@ -62,7 +62,7 @@ def flux_file(tmp_path):
 @pytest.fixture
 def flux_4bit(flux_file, tmp_path):
     with open_source(flux_file) as source:
-        return convert.quantize(source, tmp_path / "flux-4bit.safetensors", rank=16).path
+        return convert.quantize(source, tmp_path / "flux-4bit.safetensors", convert.Options(rank=16)).path
 
 
 @pytest.fixture

@@ -148,7 +148,7 @@ def test_a_4bit_flux_file_runs_in_the_diffusers_model(tmp_path, sqnr):
         torch.nn.init.normal_(p, std=1 / max(1, p.shape[-1]) ** 0.5 if p.dim() > 1 else 0.05)
     model.save_pretrained(tmp_path / "m")
     with open_source(tmp_path / "m") as source:
-        path = convert.quantize(source, tmp_path / "flux.safetensors", rank=32).path
+        path = convert.quantize(source, tmp_path / "flux.safetensors").path
     inputs = dict(
         hidden_states=torch.randn(1, 16, 16), encoder_hidden_states=torch.randn(1, 4, 64),
         pooled_projections=torch.randn(1, 64),

@@ -19,7 +19,7 @@ from .conftest import flux_tensors
 
 def quantize(source, out, **options):
     with open_source(source) as opened:
-        return convert.quantize(opened, out, **options)
+        return convert.quantize(opened, out, convert.Options(**options))
 
 
 class TestRoundTrip:

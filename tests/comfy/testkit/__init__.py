@@ -50,9 +50,32 @@ class NibbleTestModelSize(io.ComfyNode):
         return io.NodeOutput(ui={"text": [str(size)]})
 
 
+class NibbleTestHooks(io.ComfyNode):
+    """How many forward hooks are left on a MODEL's modules, as text."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleTestHooks",
+            category="Nibble/tests",
+            inputs=[io.Model.Input("model")],
+            outputs=[],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model=None):
+        return float("nan")
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        left = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.model.modules())
+        return io.NodeOutput(ui={"text": [str(left)]})
+
+
 class TestKit(ComfyExtension):
     async def get_node_list(self):
-        return [NibbleTestConditioning, NibbleTestModelSize]
+        return [NibbleTestConditioning, NibbleTestModelSize, NibbleTestHooks]
 
 
 async def comfy_entrypoint():

@@ -1,0 +1,76 @@
+"""The demo model's figures and contact sheet: reconstruction, and how often the drawn emoji is the captioned one."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+from ..metrics.images import psnr
+from . import dataset, recognise
+
+REFERENCES = 200
+GUIDANCE, STEPS, FEW = 3.0, 25, 4
+# Subjects that the command line and the workflows use: always among the references.
+NAMED = (
+    "red apple",
+    "fox face",
+    "rocket",
+    "sunflower",
+    "hot beverage",
+    "octopus",
+    "cactus",
+    "pizza",
+    "guitar",
+    "sailboat",
+)
+
+
+def choose(emoji: list[dataset.Emoji], seed: int = 0) -> list[int]:
+    """Rows of the 200 reference emoji: the named ones, then a seeded draw."""
+    named = [next(i for i, e in enumerate(emoji) if name in e.captions) for name in NAMED]
+    rest = [i for i in range(len(emoji)) if i not in named]
+    return named + sorted(random.Random(seed).sample(rest, REFERENCES - len(named)))
+
+
+@torch.no_grad()
+def reconstruction(vae, pictures: torch.Tensor) -> float:
+    """Mean PSNR in dB of the autoencoder over ``pictures`` (n, 3, H, W) in [-1, 1], compared in [0, 1]."""
+    out = []
+    for batch in pictures.split(32):
+        batch = batch.to(vae.device)
+        again = vae.decode(vae.encode(batch).latents).sample.clamp(-1, 1)
+        pairs = zip(batch.cpu().numpy(), again.cpu().numpy(), strict=True)
+        out += [psnr((a + 1) / 2, (b + 1) / 2) for a, b in pairs]
+    return float(np.mean(out))
+
+
+def draw(pipe, prompts: list[str], steps: int, cfg: float, seed: int = 0, batch: int = 25) -> np.ndarray:
+    """(n, H, W, 3) pictures in [0, 1]; picture i starts from the noise of ``seed`` + i."""
+    side = pipe.unet.config.sample_size
+    out = []
+    for start in range(0, len(prompts), batch):
+        texts = prompts[start : start + batch]
+        gens = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
+        noise = torch.cat([torch.randn(1, 4, side, side, generator=g) for g in gens]).to(pipe.device, pipe.unet.dtype)
+        done = pipe(
+            prompt=texts, num_inference_steps=steps, guidance_scale=cfg, latents=noise, generator=gens, output_type="np"
+        )
+        out.append(done.images)
+    return np.concatenate(out)
+
+
+def share(references: recognise.References, pictures: np.ndarray, rows: list[int]) -> float:
+    """How often picture i's nearest reference is row ``rows[i]``."""
+    return float(np.mean([references.nearest(p) == r for p, r in zip(pictures, rows, strict=True)]))
+
+
+def sheet(generated: np.ndarray, originals: np.ndarray, columns: int = 16) -> np.ndarray:
+    """Generated pictures above their originals, (H, W, 3) uint8."""
+    rows = []
+    for stack in (generated, originals):
+        cells = (np.clip(stack, 0, 1) * 255).round().astype(np.uint8)
+        cells = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
+        rows += [np.concatenate(list(row.swapaxes(0, 1)), 1) if row.ndim == 4 else row for row in cells]
+    return np.concatenate(rows)

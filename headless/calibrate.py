@@ -1,0 +1,103 @@
+"""Calibrates a diffusers pipeline and writes the 4-bit file in native names: ``nibble quantize --preset fast``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoints import resume
+from ..checkpoints.convert import Conversion, Options, plan_source, quantize, side_dtype
+from ..checkpoints.errors import CheckpointError
+from ..checkpoints.source import Source
+from ..quant.calib.engine import Job, Layer, Watch, calibrate
+from ..quant.calib.presets import Preset
+from ..quant.schemes import KEEP
+from . import pipeline
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the pipeline draws while its layers are watched: every prompt once, in ``levels`` steps."""
+
+    prompts: tuple[str, ...]
+    levels: int = 8
+    cfg: float = 3.0
+    seed: int = 0
+
+    def run(self, pipe, batch: int = 4) -> None:
+        """Samples all prompts; the same passes every time."""
+        for i in range(0, len(self.prompts), batch):
+            pipeline.sample(pipe, list(self.prompts[i : i + batch]), self.levels, self.cfg, self.seed + i)
+
+
+def module_layer(source: Source, native: str) -> str:
+    """The diffusers layer whose input a native layer has: fused q, k and v all see what q sees."""
+    rule = source.rules.get(f"{native}.weight")
+    return native if rule is None else rule.sources[0].removesuffix(".weight")
+
+
+def float_weight(source: Source, native: str) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of a native layer as the source has them."""
+    bias = f"{source.prefix}{native}.bias"
+    return source.get(f"{source.prefix}{native}.weight"), source.get(bias) if bias in source.shapes else None
+
+
+def job(source: Source, pipe, inputs: Inputs, preset: Preset, options: Options) -> Job:
+    """What to solve for this source and pipeline; raises CheckpointError when the file's model cannot be run here."""
+    if not source.rules:
+        remedy = "Give the diffusers pipeline folder, calibrate in ComfyUI (NibbleCalibrate), or use --preset data_free"
+        raise CheckpointError(
+            source.name, f"preset {preset.id} must run the model, and this is a file without one", remedy
+        )
+    plans = options.plans or plan_source(source, options.rank)
+    dtype, _ = side_dtype(source)
+    module = pipeline.denoiser(pipe)
+    return Job(
+        plans={n: p for n, p in plans.items() if p.scheme != KEEP},
+        preset=preset,
+        dtype=dtype,
+        run=lambda: inputs.run(pipe),
+        weight=lambda name: float_weight(source, name),
+        place=lambda name: module_layer(source, name),
+        device=str(module.device),
+        seed=options.seed,
+    )
+
+
+def signature(source: Source, work: Job, inputs: Inputs) -> str:
+    """Changes with anything the result depends on."""
+    weights = {n: work.weight(n)[0] for n in work.plans}
+    plans = {n: [p.scheme, p.rank, p.act_unsigned] for n, p in work.plans.items()}
+    drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed]
+    values = dict(plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn)
+    return resume.signature(weights=resume.fingerprint(weights), **values)
+
+
+def run(
+    source: Source,
+    pipe,
+    inputs: Inputs,
+    preset: Preset,
+    options: Options,
+    out: Path,
+    say: Callable[[Layer, int, int], None] = lambda *_: None,
+) -> tuple[Conversion, dict[str, Layer]]:
+    """Calibrates and writes ``out``. Solved layers are kept beside it until then, so a stopped run goes on."""
+    if out.exists():
+        raise CheckpointError(out.name, "there is a file of this name already", "Choose another name")
+    work = job(source, pipe, inputs, preset, options)
+    store = resume.Folder(out.with_name(f".{out.name}.solved"), signature(source, work, inputs))
+    layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
+    record = {
+        "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
+        "cfg": inputs.cfg, "prompts_sha256": resume.signature(prompts=list(inputs.prompts)),
+        "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
+    }  # fmt: skip
+    plans = options.plans or plan_source(source, options.rank)
+    done = replace(options, solved=layers, calibration=record, plans=plans)
+    conversion = quantize(source, out, done)
+    store.clear()
+    return conversion, layers

@@ -1,0 +1,114 @@
+"""Says what became of every key of a LoRA file, each exactly once, in words and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from .keys import kind_of
+from .names import MODEL, TEXT, place
+from .read import group
+
+# status -> what the report calls it, in this order
+STATUSES = {
+    "model": "applied to the model",
+    "text": "applied to the text encoder",
+    "other part": "for a part that is not connected",
+    "unknown": "unknown to this model",
+    "shape": "of another shape than the layer",
+    "incomplete": "without the other half, or of no known kind",
+    "broken": "with NaN or infinity",
+}
+APPLIED = ("model", "text")
+SHOWN = 6  # names of each status that the text lists
+# What a file is for, by its layers' names: (pattern of a canonical name, (role, dimension, size) or None, title)
+MARKS = (
+    (r"double_blocks_|single_transformer_blocks_|single_blocks_", None, "FLUX.1"),
+    (r"joint_blocks_", None, "Stable Diffusion 3"),
+    (r"transformer_blocks_\d+_(norm1_context|attn_add_|ff_context)", None, "Stable Diffusion 3 or FLUX.1"),
+    (r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, 768), "SD1.5-class UNet"),
+    (r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, 1024), "SD2-class UNet"),
+    (r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, 2048), "SDXL UNet"),
+    (r"(input|output|down|up|mid|middle)_block", None, "a UNet (SD1.x, SD2.x or SDXL)"),
+    (r"layers_\d+_(attention|feed_forward)", None, "Lumina or Z-Image"),
+    (r"transformer_blocks_\d+_(img|txt)_m(od|lp)", None, "Qwen-Image"),
+    (r"blocks_\d+_(self_attn|cross_attn|ffn)", None, "Wan or another video transformer"),
+)
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """``status``: key -> one of `STATUSES`. ``notes``: sentences about how it was applied."""
+
+    file: str
+    family: str
+    kinds: Mapping[str, int]
+    ranks: tuple[int, ...]
+    status: Mapping[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+    def count(self, *statuses: str) -> int:
+        return sum(s in statuses for s in self.status.values())
+
+    def keys(self, status: str) -> list[str]:
+        return [k for k, s in self.status.items() if s == status]
+
+    def text(self) -> str:
+        """Markdown: one line for the file, one for the counts, one for each status that went wrong."""
+        kinds = ", ".join(f"{n} {kind}" for kind, n in self.kinds.items()) or "no LoRA layer"
+        ranks = f", rank {_span(self.ranks)}" if self.ranks else ""
+        lines = [f"**{self.file}**: {self.family}; {kinds}{ranks}"]
+        counts = [f"{self.count(s)} {words}" for s, words in STATUSES.items() if self.count(s) or s == "model"]
+        lines.append(f"{len(self.status)} keys: {', '.join(counts)}")
+        for status, words in STATUSES.items():
+            if status not in APPLIED and self.count(status):
+                lines.append(f"- {words}: {listed(self.keys(status))}")
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        values = dict(file=self.file, family=self.family, kinds=dict(self.kinds), ranks=list(self.ranks))
+        return json.dumps({**values, "keys": dict(self.status), "notes": list(self.notes)}, indent=1)
+
+
+def listed(keys: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    keys = list(keys)
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(keys[:SHOWN]) + more
+
+
+def _span(numbers: Iterable[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def describe(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, int], tuple[int, ...]]:
+    """(what the file is for, kind -> targets, ranks) from keys and their shapes alone."""
+    targets, _ = group(shapes)
+    kinds = Counter(kind_of(parts) or "incomplete" for parts in targets.values())
+    ranks = tuple(sorted({shapes[p["down"]][0] for p in targets.values() if "down" in p and shapes[p["down"]]}))
+    return family_of(targets, shapes), dict(kinds), ranks
+
+
+def family_of(targets: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What model the names and shapes look like, in words."""
+    places = {target: place(target) for target in targets}
+    for pattern, size, title in MARKS:
+        regex = re.compile(pattern)
+        for target, spot in places.items():
+            if spot.part == MODEL and regex.match(spot.name) and _has(targets[target], shapes, size):
+                return f"looks like a LoRA for {title}"
+    if places and all(p.part == TEXT for p in places.values()):
+        return "changes a text encoder only"
+    return "its names tell no model family"
+
+
+def _has(parts: Mapping[str, str], shapes, size: tuple[str, int, int] | None) -> bool:
+    if size is None:
+        return True
+    role, dimension, number = size
+    shape = shapes[parts[role]] if role in parts else ()
+    return len(shape) > dimension and shape[dimension] == number

@@ -1,0 +1,114 @@
+"""Makes a new MODEL from an existing one with some of its layers 4-bit. The old one, which others may use, is not
+touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+
+from ...checkpoints.convert import stored_layer
+from ...checkpoints.formats.comfy_quant import StoredLayer
+from ...quant.awq import AWQWeight
+from ...quant.calib.engine import Layer
+from ...quant.svdquant import SVDQuantWeight
+from .load import wrapped
+from .operations import operations
+from .patcher import claim
+
+PREFIX = "diffusion_model."
+
+
+def weight_of(model, name: str) -> torch.Tensor | None:
+    """The tensor ``name`` (below the diffusion model) of a MODEL as it samples: float, patches (LoRA) merged, float32
+    where a patch was applied. None where the model has no such tensor.
+    """
+    key = PREFIX + name
+    if key in model.backup:
+        value = model.backup[key].weight
+    else:
+        try:
+            value = comfy.utils.get_attr(model.model, key)
+        except AttributeError:
+            return None
+    if value is None:
+        return None
+    if isinstance(value, QuantizedTensor):
+        value = value.dequantize()
+    if key not in model.patches:
+        return value.detach()
+    merged = value.detach().to(torch.float32, copy=True)
+    return comfy.lora.calculate_weight(model.patches[key], merged, key)
+
+
+def dense_state(model, without: set[str]) -> dict[str, torch.Tensor]:
+    """The diffusion model's tensors, patches merged, except every tensor of the layers ``without``.
+
+    A layer in a format of ComfyUI's own stays in it unless a patch changes it; then it becomes 16-bit.
+    """
+    state = model.model.diffusion_model.state_dict()
+    patched = {k.removeprefix(PREFIX).rpartition(".")[0] for k in model.patches}
+    out = {}
+    for name, value in state.items():
+        layer, _, end = name.rpartition(".")
+        if layer in without:
+            continue
+        quantized = f"{layer}.comfy_quant" in state
+        if quantized and layer in patched and end not in ("weight", "bias"):
+            continue
+        if quantized and layer not in patched:
+            out[name] = value.detach()
+        else:
+            merged = weight_of(model, name)
+            out[name] = value.detach() if merged is None else merged.to(_kept_dtype(value))
+    return out
+
+
+def _kept_dtype(value: torch.Tensor) -> torch.dtype:
+    return value.dtype if value.is_floating_point() and value.dtype.itemsize > 1 else torch.bfloat16
+
+
+def with_layers(model, layers: Mapping[str, Layer], dtype: torch.dtype):
+    """A new ModelPatcher: ``model``'s class, sampling and options, with ``layers`` (name -> solved) in place."""
+    state = dense_state(model, set(layers))
+    ours: dict[str, StoredLayer] = {}
+    for name, layer in layers.items():
+        weight = layer.solved.weight
+        if isinstance(weight, SVDQuantWeight | AWQWeight):
+            ours[name] = StoredLayer(weight.to(dtype))
+        else:
+            state |= stored_layer(name, weight, dtype)
+        if layer.solved.bias is not None:
+            state[f"{name}.bias"] = layer.solved.bias.to(dtype)
+    state |= wrapped(ours)
+    return assemble(model, state)
+
+
+def assemble(model, state: dict[str, torch.Tensor], disable_dynamic: bool = False):
+    """A ModelPatcher of ``model``'s kind around ``state`` (native names, wrapped 4-bit layers)."""
+    old = model.model
+    config = object.__new__(type(old.model_config))  # copy.copy stumbles over its __getattr__
+    config.__dict__.update(old.model_config.__dict__)
+    config.unet_config = dict(old.model_config.unet_config)
+    compute = comfy.model_management.unet_manual_cast(None, model.load_device, config.supported_inference_dtypes)
+    config.custom_operations = operations(compute)
+    config.quant_config = {"mixed_ops": True}
+    config.set_inference_dtype(old.model_config.unet_config["dtype"], compute, device=model.load_device)
+    base = config.get_model(state, "")
+    class_ = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = class_(base, load_device=model.load_device, offload_device=model.offload_device)
+    base.load_model_weights(dict(state), "", assign=patcher.is_dynamic())
+    base.model_type = old.model_type
+    base.model_sampling = copy.deepcopy(model.object_patches_backup.get("model_sampling", old.model_sampling))
+    patcher.model_options = comfy.utils.deepcopy_list_dict(model.model_options)
+    patcher.object_patches = dict(model.object_patches)
+    patcher.attachments = dict(model.attachments)
+    patcher.cached_patcher_init = (assemble, (model, state))
+    return claim(patcher)

@@ -1,0 +1,288 @@
+"""ComfyUI's model patcher for models with 4-bit layers: every stock LoRA, hook, merge and save node works on them.
+
+A LoRA lengthens the low-rank branch of a layer (patches.py); its 4-bit codes stay the same tensor. ComfyUI's own
+bookkeeping (backups, clones, uuids, partial loading) is untouched: the unpatched weight goes into ``backup`` as always.
+`claim` gives an already loaded patcher its new class, so ComfyUI's loaders build the model.
+
+What is different from ComfyUI's own class, and why:
+    patch_weight_to_device        ComfyUI would dequantize, add and quantize again
+    get_key_patches               ComfyUI reads every state-dict key as an attribute; ours has keys that are none
+    hook functions                ComfyUI copies into the weight in place; a longer branch has another size
+    model_state_dict_for_saving   ComfyUI writes a not yet loaded layer without the patched branch
+    load (dynamic VRAM)           the weight must keep its size there: the LoRA stands beside it
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import namedtuple
+
+import comfy.hooks
+import comfy.utils
+import torch
+from comfy.model_patcher import (
+    LazyCastingParam,
+    LowVramPatch,
+    ModelPatcher,
+    ModelPatcherDynamic,
+    get_key_weight,
+)
+
+from ...lora.read import finite
+from ...lora.report import listed
+from ...quant import kernels
+from . import patches as p
+from .operations import stored
+
+log = logging.getLogger(__name__)
+Backup = namedtuple("Dimension", ["weight", "inplace_update"])  # what ComfyUI keeps
+OTHER_MODEL = "most of its layers have another shape than this model's. Use a LoRA made for this model"
+
+
+def claim(patcher):
+    """``patcher`` itself, as this pack's class when its model has 4-bit layers. A class of another pack is left alone.
+
+    (Instances are re-classed rather than made: ComfyUI's loaders and its ``clone`` choose classes by themselves.)
+    """
+    mine = {ModelPatcher: NibblePatcher, ModelPatcherDynamic: NibblePatcherDynamic}.get(type(patcher))
+    if mine is not None and any(_is_layer(m) for m in patcher.model.modules()):
+        patcher.__class__ = mine
+    return patcher
+
+
+def _is_layer(module) -> bool:
+    """Whether ``module`` is a 4-bit layer, also while a dense weight stands in for it."""
+    return getattr(module, "layout_type", None) in kernels.OURS
+
+
+class BiasPatch(LowVramPatch):
+    """A bias patch of an unsigned layer that is not loaded: it is meant for the true bias, not for the stored one."""
+
+    def __init__(self, patch: LowVramPatch, module):
+        super().__init__(patch.key, patch.patches)
+        self.module = module
+        self._pin_state = getattr(patch, "_pin_state", None)
+
+    def __call__(self, bias):
+        shift = self.module.convert_bias(torch.zeros_like(bias))
+        return super().__call__(bias + shift) - shift
+
+
+class _FourBit:
+    """What the static and the dynamic patcher share."""
+
+    def clone(self, *args, **kwargs):
+        return claim(super().clone(*args, **kwargs))
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        weight = get_key_weight(self.model, key)[0]
+        if not kernels.is_ours(weight):
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        todo = p.live(self.patches.get(key, ()))
+        if not todo and not force_cast:
+            return weight
+        out = p.patched(weight if device_to is None else weight.to(device=device_to), todo, key)
+        if return_weight:
+            return out
+        if key not in self.backup:
+            self.backup[key] = Backup(weight.to(device=self.offload_device), False)
+        self._install(key, out)
+        return None
+
+    def _install(self, key: str, weight) -> None:
+        if kernels.is_ours(weight):
+            comfy.utils.set_attr_param(self.model, key, weight)
+        else:  # the layer notes the shift that a dense weight needs
+            comfy.utils.get_attr(self.model, key.rpartition(".")[0]).set_weight(weight)
+
+    def get_key_patches(self, filter_prefix=None):
+        out = {}
+        for key in self.model_state_dict(filter_prefix):
+            try:
+                weight, _, convert = get_key_weight(self.model, key)
+            except AttributeError:
+                continue  # a part of a quantized weight (scales, branch): it goes with its ".weight"
+            if key in self.backup:
+                weight = self.backup[key].weight
+            if key in self.hook_backup:
+                weight = self.hook_backup[key][0]
+            out[key] = [(weight, convert or _same), *self.patches.get(key, [])]
+        return out
+
+    def add_patches(self, patches, strength_patch=1.0, strength_model=1.0):
+        return super().add_patches(self._checked(patches), strength_patch, strength_model)
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, strength_model=1.0):
+        return super().add_hook_patches(hook, self._checked(patches), strength_patch, strength_model)
+
+    def _checked(self, patches: dict) -> dict:
+        """``patches`` without those of another shape, which are logged by name. Raises ValueError when most are, or
+        when any holds NaN: ComfyUI would log each failure while it samples, and go on without it.
+        """
+        broken, unfit, fit, mine = [], [], {}, 0
+        for target, value in patches.items():
+            key, offset = (target, None) if isinstance(target, str) else target[:2]
+            weight = None if isinstance(value, list) else _weight_at(self.model, key)
+            if weight is None or p.fits(value, tuple(weight.shape), offset):
+                fit[target] = value
+                mine += weight is not None
+                if weight is not None and not all(map(finite, p.tensors_of(value))):
+                    broken.append(key)
+            else:
+                unfit.append(key)
+        if broken:
+            raise ValueError(f"The LoRA holds NaN or infinity for {listed(broken)}. Train or download it again")
+        if len(unfit) > mine:
+            raise ValueError(f"The LoRA does not fit ({listed(unfit)}): {OTHER_MODEL}")
+        if unfit:
+            log.warning("LoRA patches of another shape were left out: %s", listed(unfit))
+        if not fit:
+            log.warning("A LoRA changed nothing: this model has none of its keys. Inspect LoRA (Nibble) says why.")
+        return fit
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        named = (self.model if model is None else model).named_modules()
+        waiting = {n: m for n, m in named if _is_layer(m) and kernels.is_ours(m.weight) and not _loaded(m)}
+        for module in waiting.values():
+            module.comfy_patched_weights = True  # ComfyUI's own lazy pieces cannot hold integers, and know no branch
+        try:
+            out = super().model_state_dict_for_saving(model, prefix)
+        finally:
+            for module in waiting.values():
+                module.comfy_patched_weights = False
+        for name, module in waiting.items():
+            self._put_patched(out, name, module, prefix)
+        return out
+
+    def _put_patched(self, out: dict, name: str, module, prefix: str) -> None:
+        """Replaces the entries of a layer that is not loaded by those with its patches."""
+        key = f"{prefix}{name}.weight"
+        todo = p.live(self.patches.get(key, ()))
+        bias = self.patch_weight_to_device(f"{prefix}{name}.bias", return_weight=True)
+        if not todo or p.factors(todo, tuple(module.weight.shape)) is not None:
+            weight = p.patched(module.weight, todo, key)
+            out.update({f"{name}.{part}": t for part, t in stored(weight, module.quant_format).items()})
+        else:
+            for part in stored(module.weight, module.quant_format):
+                out.pop(f"{name}.{part}", None)
+            template = torch.empty(1, dtype=module.weight.dtype).expand(module._orig_shape)
+            out[f"{name}.weight"] = LazyDense(self, key, template)
+            bias = module.convert_bias(bias)
+        if bias is not None:
+            out[f"{name}.bias"] = bias
+
+    def _patch_biases(self) -> None:
+        """Bias patches of layers that are not loaded get the true bias to work on."""
+        for module in filter(_is_layer, self.model.modules()):
+            functions = getattr(module, "bias_function", [])
+            dynamic = getattr(module, "bias_lowvram_function", None)
+            if LowVramPatch not in map(type, [*functions, dynamic]) or module._shift() is None:
+                continue
+            module.bias_function = [BiasPatch(f, module) if type(f) is LowVramPatch else f for f in functions]
+            if type(dynamic) is LowVramPatch:
+                module.bias_lowvram_function = BiasPatch(dynamic, module)
+
+
+class NibblePatcher(_FourBit, ModelPatcher):
+    """ComfyUI's static patcher (CPU, ``--disable-dynamic-vram``, hooks) for 4-bit models."""
+
+    def load(self, *args, **kwargs):
+        out = super().load(*args, **kwargs)
+        self._patch_biases()
+        return out
+
+    def partially_unload(self, *args, **kwargs):
+        out = super().partially_unload(*args, **kwargs)
+        self._patch_biases()
+        return out
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
+        weight = _weight_at(self.model, key)
+        if key not in combined_patches or not kernels.is_ours(weight):
+            return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
+        out = p.patched(weight, combined_patches[key], key, original_weights)
+        del original_weights[key]
+        self.hook_backup.setdefault(key, (weight, weight.device))
+        self._install(key, out)
+        if self.hook_mode == comfy.hooks.EnumHookMode.MaxSpeed:  # shares the codes: costs the branch only
+            self.cached_hook_patches.setdefault(hooks, {})[key] = (out, weight.device)
+        return None
+
+    def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
+        weight, cached = _weight_at(self.model, key), cached_weights[key][0]
+        if not kernels.is_ours(weight) and not kernels.is_ours(self.hook_backup.get(key, (None,))[0]):
+            return super().patch_cached_hook_weights(cached_weights, key, memory_counter)
+        self.hook_backup.setdefault(key, (weight, weight.device))
+        self._install(key, cached.to(device=cached_weights[key][1]))
+        return None
+
+    def unpatch_hooks(self, whitelist_keys_set=None):
+        with self.use_ejected():
+            for key in list(self.hook_backup):
+                weight, device = self.hook_backup[key]
+                if kernels.is_ours(weight) and (not whitelist_keys_set or key in whitelist_keys_set):
+                    comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
+                    self.hook_backup.pop(key)
+            super().unpatch_hooks(whitelist_keys_set)
+
+
+class NibblePatcherDynamic(_FourBit, ModelPatcherDynamic):
+    """ComfyUI's dynamic-VRAM patcher for 4-bit models.
+
+    There a weight's place in VRAM is reserved once, at its unpatched size, and ComfyUI quantizes patched weights
+    again. So after each load a LoRA's factors stand beside the layer (``Linear.lora``), and patches without such a
+    form become weight functions, which the layer applies to a dense copy on every forward.
+    """
+
+    def load(self, device_to=None, *args, **kwargs):
+        super().load(device_to, *args, **kwargs)
+        for name, module in self.model.named_modules():
+            if _is_layer(module):
+                self._stand_beside(f"{name}.weight", module, device_to)
+        self._patch_biases()
+
+    def _stand_beside(self, key: str, module, device) -> None:
+        patch, module.lora = getattr(module, "weight_lowvram_function", None), None
+        module.weight_lowvram_function = None
+        if patch is None or key in self.backup:  # in backup: small, and already patched in place
+            return
+        todo = p.live(self.patches.get(key, ()))
+        low_rank = p.factors(todo, tuple(module.weight.shape)) if todo else None
+        if low_rank is not None:
+            module.lora = tuple(t.to(device=device, dtype=module.weight.dtype).contiguous() for t in low_rank)
+            self.model.model_loaded_weight_memory += sum(t.numel() * t.element_size() for t in module.lora)
+        elif todo:
+            module.weight_function = [patch, *module.weight_function]
+
+    def restore_loaded_backups(self):
+        freed = super().restore_loaded_backups()
+        for module in self.model.modules():
+            if _is_layer(module) and module.lora is not None:
+                module.lora = tuple(t.to(device=self.offload_device) for t in module.lora)
+        return freed
+
+
+class LazyDense(LazyCastingParam):
+    """A patched layer that is made dense only while the file is written: ComfyUI's way, for a shape of its own."""
+
+    def is_contiguous(self, *args, **kwargs):
+        return True
+
+    def contiguous(self, *args, **kwargs):
+        return self
+
+
+def _same(weight, **kwargs):
+    return weight
+
+
+def _loaded(module) -> bool:
+    return getattr(module, "comfy_patched_weights", False)
+
+
+def _weight_at(model, key: str):
+    """The tensor at ``key``, or None when no layer has it."""
+    try:
+        return comfy.utils.get_attr(model, key)
+    except AttributeError:
+        return None

@@ -1,0 +1,175 @@
+"""Calibrates a whole module: collect, solve layer after layer, give memory back, go on.
+
+Peak memory above the module itself: the reservoirs of one run (``budget`` bytes on the CPU) and one layer in float32 on
+the device that solves, `working_bytes`. The module is not changed; `modules.install` puts the results where they
+belong.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..policy import LayerPlan
+from ..schemes import KEEP
+from . import allocate
+from .observe import DEFAULT_BUDGET, Observer, runs_needed
+from .presets import Preset
+from .reservoir import Reservoir
+from .solve import Sample, Solved, solve
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to calibrate and how.
+
+    run        repeats one and the same set of forward passes of the module
+    weight     the float weight and bias of a layer, as they shall be quantized (adapters merged)
+    place      a layer's name -> the submodule that is handed its input (where a file fuses what a module keeps apart)
+    budget     bytes of all token reservoirs together
+    fit        bytes that all planned layers may take in the file; None: the plans as they are
+    promote    relative output error over which a layer leaves 4 bits; None: never
+    """
+
+    plans: Mapping[str, LayerPlan]
+    preset: Preset
+    dtype: torch.dtype
+    run: Callable[[], None]
+    weight: Callable[[str], tuple[Tensor, Tensor | None]]
+    place: Callable[[str], str] = lambda name: name
+    device: str = "cpu"
+    seed: int = 0
+    budget: int = DEFAULT_BUDGET
+    fit: int | None = None
+    promote: float | None = allocate.PROMOTE_OVER
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One solved layer: its plan, what came out, tokens it saw, seconds it took."""
+
+    name: str
+    plan: LayerPlan
+    shape: tuple[int, int]
+    solved: Solved
+    tokens: int
+    seconds: float
+
+
+class Store(Protocol):
+    """Keeps solved layers of an unfinished run; see checkpoints.resume for one on disk."""
+
+    def get(self, name: str) -> Layer | None: ...
+
+    def put(self, layer: Layer) -> None: ...
+
+
+@dataclass
+class Watch:
+    """How the outside follows a run: ``layer`` after each solved one, ``check`` often; both may raise to stop it."""
+
+    layer: Callable[[Layer, int, int], None] = lambda _layer, _done, _total: None
+    check: Callable[[], None] = lambda: None
+    store: Store | None = None
+
+
+class Collection:
+    """The input samples of a module's layers: collected on the first walk, kept for the next if one run held all."""
+
+    def __init__(self, module: nn.Module, job: Job, names: list[str], check: Callable[[], None]):
+        self.module, self.job, self.names = module, job, names
+        self.homes: dict[str, list[str]] = {}
+        for name in names if job.preset.needs_data else ():
+            self.homes.setdefault(job.place(name), []).append(name)
+        widths = {n: module.get_submodule(n).in_features for n in self.homes}
+        self.observer = Observer(widths, job.preset.tokens, job.seed, job.budget, check)
+        self._kept: dict[str, Reservoir] | None = None
+
+    def walk(self) -> Iterator[tuple[str, Sample | None]]:
+        """(layer, its input sample) for every layer; None for those that no forward pass reaches."""
+        reached = set()
+        for reservoirs in [self._kept] if self._kept is not None else self._runs():
+            for lead, reservoir in reservoirs.items():
+                tokens = reservoir.tokens().to(self.job.device).float()
+                sample = Sample(tokens, reservoir.maxima.to(self.job.device))
+                for name in (n for home in self.observer.members(lead) for n in self.homes[home]):
+                    reached.add(name)
+                    yield name, sample
+        for name in self.names:
+            if name not in reached:
+                yield name, None
+
+    def _runs(self) -> Iterator[dict[str, Reservoir]]:
+        if not self.homes:
+            return
+        self.observer.forget()
+        for reservoirs in runs_needed(self.observer, self.job.run, self.module):
+            if not self.observer.waiting and len(reservoirs) == len(set(self.observer.leader.values())):
+                self._kept = dict(reservoirs)
+            yield reservoirs
+
+
+def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[str, Layer]:
+    """Solves every planned layer of ``module``; returns them by name in the order of the plan, with the plan they got.
+
+    Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
+    """
+    watch = watch or Watch()
+    wanted = [n for n, p in job.plans.items() if p.scheme != KEEP]
+    done: dict[str, Layer] = {}
+    for name in wanted if watch.store else ():
+        kept = watch.store.get(name)
+        if kept is not None:
+            done[name] = kept
+    collection = Collection(module, job, [n for n in wanted if n not in done], watch.check)
+    plans = job.plans if job.fit is None else _fitted(collection, job, done, watch.check)
+    for name, sample in collection.walk():
+        watch.check()
+        layer = _solve(name, sample, plans[name], job)
+        done[name] = layer
+        if watch.store:
+            watch.store.put(layer)
+        watch.layer(layer, len(done), len(wanted))
+    return {n: done[n] for n in wanted}
+
+
+def _fitted(
+    collection: Collection, job: Job, done: Mapping[str, Layer], check: Callable[[], None]
+) -> dict[str, LayerPlan]:
+    """Plans within ``job.fit`` bytes, by each layer's quickly measured error."""
+    options = {n: [allocate.Option(x.plan, allocate.stored_bytes(x.plan, x.shape), 0.0)] for n, x in done.items()}
+    for name, sample in collection.walk():
+        check()
+        weight = job.weight(name)[0].to(job.device).float()
+        options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
+    return allocate.fit(options, job.fit)
+
+
+def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer:
+    start = time.perf_counter()
+    weight, bias = job.weight(name)
+    weight = weight.to(job.device).float()
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"layer {name}: the weight holds NaN or infinity")
+    bias = None if bias is None else bias.to(job.device)
+    solved = solve(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
+    if sample is not None and job.promote is not None:
+        plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
+    tokens = 0 if sample is None else len(sample.tokens)
+    return Layer(name, plan, tuple(weight.shape), solved, tokens, time.perf_counter() - start)
+
+
+def working_bytes(n: int, k: int, preset: Preset) -> int:
+    """An upper bound of what solving one (N, K) layer takes on its device, in bytes.
+
+    Float32: the weight and five more of its size (target, search, missed, branch product), three of the tokens' size,
+    two Gram matrices, and two more for GPTQ's factors.
+    """
+    tokens = max(1024, min(preset.tokens, 2 * k))
+    grams = (2 + 3 * preset.gptq) * k * k if preset.needs_data else 0
+    return 4 * (7 * n * k + 4 * tokens * k + 2 * tokens * n // 8 + grams)

@@ -1,0 +1,77 @@
+"""SVDQuant's smoothing and low-rank iterations as published and as DeepCompressor runs them: to compare with.
+
+39 candidates s = max|x|^a / max|w|^b, (a, b) in {(0, 0)} + {(a, 0)} + {(a, 1 - a)}, a = 1/20 .. 19/20; each gets its
+own SVD and is scored by the error of the layer's output. (DeepCompressor does a full fp64 SVD each and half a million
+tokens; here it is a randomised SVD and `TOKENS`, which measured the same quality. Source: mit-han-lab/deepcompressor
+v0.1.0.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import scales
+from . import low_rank
+
+TOKENS = 1024
+STEPS = 20
+GRID = (
+    [(0.0, 0.0)] + [(i / STEPS, 0.0) for i in range(1, STEPS)] + [(i / STEPS, 1 - i / STEPS) for i in range(1, STEPS)]
+)
+
+
+def rounded(x: Tensor, shift: float, qmax: int) -> Tensor:
+    """Per-row, per-group rounding of smoothed activations ``x`` (T, K), and back."""
+    groups = x.unflatten(-1, (-1, scales.GROUP))
+    step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / qmax
+    low = 0 if qmax == 15 else -qmax
+    return ((groups / step).round().clamp(low, qmax) * step).flatten(-2)
+
+
+def nearest(w: Tensor) -> Tensor:
+    """absmax / 7 per group of 64 and back, (N, K)."""
+    groups = w.unflatten(-1, (-1, scales.GROUP))
+    step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 7
+    return ((groups / step).round().clamp(-7, 7) * step).flatten(-2)
+
+
+def search(w: Tensor, x: Tensor, amax: Tensor, rank: int, shift: float, qmax: int, seed: int) -> Tensor:
+    """The candidate whose layer output on ``TOKENS`` tokens is closest: s (K,)."""
+    x = x[:TOKENS]
+    wmax, amax = w.abs().amax(0).clamp(min=1e-5), amax.clamp(min=1e-5)
+    y = x @ w.t()
+    best, lowest = torch.ones_like(amax), torch.inf
+    for a, b in GRID:
+        s = (amax**a / wmax**b).clamp(1e-4, 1e4)
+        up, down = low_rank.truncated(w * s, rank, seed)
+        residual = nearest(w * s - up @ down.t())
+        seen = rounded((x + shift) / s, shift, qmax)
+        got = seen @ residual.t() + (x / s) @ down @ up.t() - shift * (residual / s).sum(1)
+        error = float((got - y).square().sum())
+        if error < lowest:
+            best, lowest = s, error
+    return best
+
+
+def iterate(w: Tensor, s: Tensor, branch: tuple[Tensor, Tensor], x: Tensor, rounds: int, seed: int):
+    """(up, down): SVD of W s - Q(W s - L) again and again from ``branch``; stops at the first round that does not
+    improve the output on ``x``.
+    """
+    target, y = w * s, x @ w.t()
+
+    def left(up: Tensor, down: Tensor) -> Tensor:
+        return nearest(target - up @ (down * s.unsqueeze(1)).t())
+
+    def error(up: Tensor, down: Tensor) -> float:
+        return float((x @ (left(up, down) / s + up @ down.t()).t() - y).square().sum())
+
+    lowest = error(*branch)
+    for _ in range(rounds):
+        up, down = low_rank.truncated(target - left(*branch), branch[0].shape[1], seed)
+        found = (up, down / s.unsqueeze(1))
+        reached = error(*found)
+        if reached >= lowest:
+            break
+        branch, lowest = found, reached
+    return branch

@@ -1,0 +1,224 @@
+"""Solves one layer: float weight and a sample of its input in, 4-bit weight and its measured error out.
+
+The order is the method (SVDQuant, 2411.05007, with the changes that docs/quantization.md measures):
+smooth -> low rank by expected noise -> codes -> branch refitted to what the codes missed -> codes -> ...
+The last refit comes after the last codes, so the branch always belongs to the codes that ship.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from comfy_kitchen.tensor import QuantizedTensor
+from torch import Tensor
+
+from .. import awq, core_formats, datafree, scales, svdquant
+from ..packing import pack
+from ..policy import LayerPlan
+from ..schemes import AWQ
+from ..svdquant import SHIFT, SVDQuantWeight
+from . import gptq, low_rank, published, smooth
+from .presets import GRID, SURROGATE, Preset
+
+HELD_BACK = 8  # one token in so many decides between the calibrated and the data-free weight
+
+
+@dataclass(frozen=True)
+class Solved:
+    """``error``: ||y - y_4bit||^2 / ||y - mean y||^2 on tokens that calibration did not see; ``data_free`` that of the
+    data-free weight; ``calibrated`` whether the calibrated one was better and was kept. ``weight`` is a plain tensor
+    for a layer that was moved to 16 bits, a QuantizedTensor for one of ComfyUI's own formats.
+    """
+
+    weight: SVDQuantWeight | awq.AWQWeight | QuantizedTensor | Tensor
+    bias: Tensor | None
+    error: float
+    data_free: float
+    calibrated: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A layer's input: ``tokens`` (M, K) float32 on the device that solves, ``maxima`` (K,) over all tokens that
+    passed.
+    """
+
+    tokens: Tensor
+    maxima: Tensor
+
+    @cached_property
+    def split(self) -> tuple[Sample, Tensor]:
+        """(what calibration sees, what it does not); the order of tokens is random already."""
+        held = max(1, len(self.tokens) // HELD_BACK)
+        return Sample(self.tokens[held:], self.maxima), self.tokens[:held]
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """X^T X (K, K): made once for all layers that share the input."""
+        return self.tokens.t() @ self.tokens
+
+
+def output_error(x: Tensor, w: Tensor, weight: SVDQuantWeight | awq.AWQWeight) -> float:
+    """||x w^T - 4-bit(x)||^2 / ||y - mean y||^2 over tokens ``x`` (T, K); biases cancel."""
+    y = x @ w.t()
+    if isinstance(weight, awq.AWQWeight):
+        got = awq.linear(x, weight)
+    else:
+        got = svdquant.linear(x, weight, svdquant.stored_bias(weight, None))
+    spread = (y - y.mean(0)).square().sum() if len(y) > 1 else y.square().sum()
+    return float((got - y).square().sum() / spread.clamp(min=1e-30))
+
+
+def solve(
+    weight: Tensor,
+    bias: Tensor | None,
+    sample: Sample | None,
+    plan: LayerPlan,
+    preset: Preset,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> Solved:
+    """The 4-bit form of a layer. ``weight`` (N, K) float32; without a ``sample`` it is data-free."""
+    if plan.scheme in core_formats.FORMATS:
+        return _core(weight, bias, sample, plan.scheme, dtype)
+    free = _data_free(weight, plan, preset, dtype, seed)
+    if sample is None or not preset.needs_data or len(sample.tokens) < HELD_BACK:
+        return _solved(free, bias, float("nan"), float("nan"), False, dtype)
+    seen, held = sample.split
+    found = _calibrate(weight, seen, plan, preset, dtype, seed)
+    plain = output_error(held, weight, free)
+    error = output_error(held, weight, found)
+    better = error < plain and all(torch.isfinite(t.float()).all() for t in _sides(found))
+    return _solved(found if better else free, bias, min(error, plain) if better else plain, plain, better, dtype)
+
+
+def _core(weight: Tensor, bias: Tensor | None, sample: Sample | None, id: str, dtype: torch.dtype) -> Solved:
+    """A layer in one of ComfyUI's own formats: nothing to calibrate, but its error is measured all the same."""
+    q = core_formats.quantize(weight, id, dtype)
+    error = float("nan") if sample is None else core_formats.output_error(sample.split[1], weight, q)
+    return Solved(q, bias, error, error, False)
+
+
+def _solved(weight, bias, error: float, data_free: float, calibrated: bool, dtype: torch.dtype) -> Solved:
+    if isinstance(weight, SVDQuantWeight):
+        stored = svdquant.stored_bias(weight, bias)
+        bias = stored if stored is None else stored.to(dtype if bias is None else bias.dtype)
+    return Solved(weight, bias, error, data_free, calibrated)
+
+
+def _sides(weight) -> list[Tensor]:
+    names = ("wscales", "wzeros", "smooth_factor", "proj_down", "proj_up")
+    return [t for n in names if (t := getattr(weight, n, None)) is not None]
+
+
+def _data_free(weight: Tensor, plan: LayerPlan, preset: Preset, dtype: torch.dtype, seed: int):
+    if plan.scheme == AWQ.id:
+        return awq.quantize(weight, dtype)
+    rank = plan.rank if preset.low_rank else 0
+    table = scales.CANDIDATES if preset.searched or preset.needs_data else scales.NEAREST
+    return datafree.quantize(weight, rank, dtype, plan.act_unsigned, seed, table)
+
+
+def _calibrate(w: Tensor, sample: Sample, plan: LayerPlan, preset: Preset, dtype: torch.dtype, seed: int):
+    if plan.scheme == AWQ.id:
+        return awq.quantize(w, dtype, sample.tokens.square().mean(0))
+    qmax, shift = (15, SHIFT) if plan.act_unsigned else (7, 0.0)
+    layer = Layer(w, sample, shift, qmax, plan.rank if preset.low_rank else 0, preset, dtype, seed)
+    s = _smooth(layer)
+    up, down, s = _first_branch(layer, s)
+    s = s.to(dtype).float()  # from here on the rounded factor, as the kernel will divide by it
+    q, wscales, up, down = _codes_and_refits(layer, s, up, down)
+    up, down = low_rank.balanced(up, down)
+    return SVDQuantWeight(
+        pack(q), wscales, s.to(dtype), down.to(dtype).contiguous(), up.to(dtype).contiguous(), plan.act_unsigned
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What every step below needs: w (N, K), its input, the activation grid, rank, recipe, storage dtype, seed."""
+
+    w: Tensor
+    sample: Sample
+    shift: float
+    qmax: int
+    rank: int
+    preset: Preset
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def x(self) -> Tensor:
+        return self.sample.tokens
+
+    def rounded(self, s: Tensor) -> Tensor:
+        """What the 4-bit product sees of x: (M, K), smoothed, shifted, rounded and back."""
+        groups = ((self.x + self.shift) / s).unflatten(-1, (-1, scales.GROUP))
+        low = 0 if self.qmax == 15 else -self.qmax
+        step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / self.qmax
+        return ((groups / step).round_().clamp_(low, self.qmax) * step).flatten(-2)
+
+
+def _subset(layer: Layer) -> tuple[Tensor, Tensor]:
+    """Few tokens and few rows are enough for the surrogate."""
+    g = torch.Generator().manual_seed(layer.seed)
+    rows = torch.randperm(layer.w.shape[0], generator=g)[: smooth.ROWS].to(layer.w.device)
+    return layer.x[: smooth.TOKENS], layer.w[rows]
+
+
+def _smooth(layer: Layer) -> Tensor:
+    p, sample = layer.preset, layer.sample
+    if p.smoothing == GRID:
+        return published.search(layer.w, layer.x, sample.maxima, layer.rank, layer.shift, layer.qmax, layer.seed)
+    if p.smoothing != SURROGATE:
+        return torch.ones_like(sample.maxima)
+    x, w = _subset(layer)
+    s = smooth.search(layer.x[: 2 * smooth.TOKENS], layer.w, sample.maxima, layer.shift, layer.qmax)
+    return smooth.learn(s, x, w, layer.shift, layer.qmax, p.learn) if p.learn else s
+
+
+def _first_branch(layer: Layer, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(up, down, s): the branch before any rounding, in the raw-x domain; s once more for what the branch leaves."""
+    w, p = layer.w, layer.preset
+    if not p.weighted_svd:
+        up, down = low_rank.truncated(w * s, layer.rank, layer.seed)
+        return up, down / s.unsqueeze(1), s
+    q = low_rank.noise_weights(layer.x, s, layer.shift, layer.qmax)
+    up, down = low_rank.weighted(w, s, q, layer.rank, layer.seed)
+    if p.learn:
+        x, _ = _subset(layer)
+        g = torch.Generator().manual_seed(layer.seed)
+        rows = torch.randperm(w.shape[0], generator=g)[: smooth.ROWS].to(w.device)
+        s = smooth.learn(s, x, w[rows] - up[rows] @ down.t(), layer.shift, layer.qmax, max(1, p.learn // 2))
+        q = low_rank.noise_weights(layer.x, s, layer.shift, layer.qmax)
+        up, down = low_rank.weighted(w, s, q, layer.rank, layer.seed)
+    return up, down, s
+
+
+def _codes_and_refits(layer: Layer, s: Tensor, up: Tensor, down: Tensor):
+    """(codes (N, K), wscales (K/64, N), up, down) for the rounded smoothing factor ``s``."""
+    p, w = layer.preset, layer.w
+    seen = layer.rounded(s)
+    importance = seen.square().mean(0)
+    table = scales.CANDIDATES if p.searched else scales.NEAREST
+    low, high = (-8, 7) if p.searched else (-7, 7)
+    factor = gptq.inverse_factor(seen.t() @ seen, p.shrink, p.damp) if p.gptq else None
+    if p.alternate:
+        up, down = published.iterate(w, s, (up, down), layer.x, p.alternate, layer.seed)
+    gram = low_rank.shrunk(layer.sample.gram, p.shrink) if p.refits and layer.rank else None
+    for i in range(max(1, p.refits)):
+        target = (w - up @ down.t()) * s
+        q, wscales = scales.search(target, importance if p.searched else None, layer.dtype, table)
+        if factor is not None:
+            q = gptq.codes(target, wscales, factor, low, high)
+        if gram is not None:
+            missed = w - _dense(q, wscales) / s
+            up, down = low_rank.refit(missed, gram, layer.rank, layer.seed + i)
+    return q, wscales, up, down
+
+
+def _dense(q: Tensor, wscales: Tensor) -> Tensor:
+    n, k = q.shape
+    return (q.float().reshape(n, -1, scales.GROUP) * wscales.float().t().unsqueeze(-1)).reshape(n, k)

@@ -1,0 +1,98 @@
+"""What the lora_*.py scripts share: this pack's modules, the two models of a family, a LoRA for them, one forward."""
+
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "lora"))
+from _start import args, torch  # first: it puts ComfyUI where the imports below find it
+
+torch.set_grad_enabled(False)
+import comfy.hooks  # noqa: E402
+import comfy.lora  # noqa: E402
+import comfy.model_management as mm  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.sample  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import comfy.weight_adapter  # noqa: E402
+import lora_files  # noqa: E402
+
+
+def ours(name: str):
+    """A module of this pack, as ComfyUI loaded it."""
+    return importlib.import_module(f"nibble_pack.{name}")
+
+
+kernels, load, patches = ours("quant.kernels"), ours("nodes.bridge.load"), ours("nodes.bridge.patches")
+# family: (latent channels, text width, vector width, time)
+FORWARD = {
+    "sd15": (4, 768, 0, 5.0),
+    "sdxl": (4, 2048, 2816, 5.0),
+    "flux": (16, 64, 64, 0.5),
+    "sd3": (16, 128, 128, 0.5),
+}
+
+
+def layers(model) -> dict:
+    """Dotted name -> module of every 4-bit layer."""
+    named = model.model.diffusion_model.named_modules()
+    return {n: m for n, m in named if getattr(m, "layout_type", None) in kernels.OURS}
+
+
+def shapes(model) -> dict[str, tuple[int, int]]:
+    return {n: tuple(m._orig_shape) for n, m in layers(model).items()}
+
+
+def lora(model, seed: int = 0, rank: int = 4, size: float = 0.3) -> tuple[dict, dict]:
+    """(factors, ComfyUI-named file) for every 4-bit layer; alpha is half the rank."""
+    parts = lora_files.factors(shapes(model), rank, seed, size)
+    return parts, lora_files.spell(parts, "comfyui", alpha=rank / 2)
+
+
+def with_lora(model, file: dict, strength: float = 1.0):
+    return comfy.sd.load_lora_for_models(model, None, file, strength, 0)[0]
+
+
+def inputs(family: str):
+    channels, width, vector, time = FORWARD[family]
+    g = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, channels, 16, 16, generator=g), torch.randn(1, 20, width, generator=g)
+    extra = {"y": torch.randn(1, vector, generator=g)} if vector else {}
+    if family == "flux":
+        extra["guidance"] = torch.tensor([3.5])
+    return x, torch.tensor([time]), dict(c_crossattn=text, **extra)
+
+
+def run(model, family: str) -> torch.Tensor:
+    """One forward of a MODEL, loaded as ComfyUI's samplers load it."""
+    mm.load_models_gpu([model])
+    return now(model, family)
+
+
+def now(model, family: str) -> torch.Tensor:
+    """One forward of a MODEL as it is."""
+    x, t, kwargs = inputs(family)
+    return model.model.apply_model(x, t, **kwargs)
+
+
+def codes_hash(model) -> str:
+    """Of the 4-bit codes in use, layer by layer."""
+    digest = hashlib.sha256()
+    for module in layers(model).values():
+        digest.update(module.weight._qdata.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def cosine(a, b) -> float:
+    return torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), 0).item()
+
+
+def relative(a, b) -> float:
+    """||a - b|| / ||b||"""
+    return ((a - b).double().norm() / b.double().norm()).item()
+
+
+__all__ = ["args", "comfy", "lora_files", "mm", "torch"]
