@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..metrics.images import psnr
 from . import dataset, recognise
@@ -66,11 +67,13 @@ def share(references: recognise.References, pictures: np.ndarray, rows: list[int
     return float(np.mean([references.nearest(p) == r for p, r in zip(pictures, rows, strict=True)]))
 
 
-def sheet(generated: np.ndarray, originals: np.ndarray, columns: int = 16) -> np.ndarray:
-    """Generated pictures above their originals, (H, W, 3) uint8."""
-    rows = []
-    for stack in (generated, originals):
-        cells = (np.clip(stack, 0, 1) * 255).round().astype(np.uint8)
-        cells = cells.reshape(-1, columns, *cells.shape[1:]).swapaxes(1, 2)
-        rows += [np.concatenate(list(row.swapaxes(0, 1)), 1) if row.ndim == 4 else row for row in cells]
-    return np.concatenate(rows)
+def sheet(stacks: list[np.ndarray], columns: int = 16, side: int = 64) -> Image.Image:
+    """Stacks of pictures (n, H, W, 3) in [0, 1], one below the other, ``columns`` to a row, ``side`` pixels each."""
+    rows = -(-len(stacks[0]) // columns)
+    out = Image.new("RGB", (columns * side, len(stacks) * rows * side), "white")
+    for k, stack in enumerate(stacks):
+        for i, picture in enumerate(stack):
+            cell = Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+            place = (i % columns) * side, (k * rows + i // columns) * side
+            out.paste(cell.resize((side, side), Image.Resampling.LANCZOS), place)
+    return out

@@ -42,10 +42,10 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
     return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
 
 
-def load(style: str = "noto") -> References:
-    """The shipped references of ``style``, "noto" or "twemoji"."""
-    names = json.loads(NAMES.read_text(encoding="utf-8"))
-    sheet = np.asarray(Image.open(REFERENCES[style]).convert("RGB"), np.float32) / 255
+def load(style: str = "noto", folder: Path = NAMES.parent) -> References:
+    """The references of ``style``, "noto" or "twemoji", as `save` wrote them."""
+    names = json.loads((folder / NAMES.name).read_text(encoding="utf-8"))
+    sheet = np.asarray(Image.open(folder / REFERENCES[style].name).convert("RGB"), np.float32) / 255
     rows = sheet.shape[0] // SIDE
     cells = sheet.reshape(rows, SIDE, SHEET, SIDE, 3).swapaxes(1, 2).reshape(rows * SHEET, SIDE, SIDE, 3)
     return References(tuple(tuple(n) for n in names), cells[: len(names)])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import LORAS, MODEL, ROOT, dataset, distill, parts, stages
+from . import LORAS, MODEL, REFERENCES, ROOT, dataset, distill, evaluate, parts, recognise, stages
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +142,57 @@ class Run:
         self.save_lora(unet, "lcm", "Nibble demo: 1 to 8 steps (LCM)")
         self.note("few_steps", seconds=round(seconds), steps=stages.FEW_STEPS.steps)
 
+    def pipeline(self, lora: str | None = None):
+        """The trained base as a diffusers pipeline, with one of its LoRAs when asked."""
+        from diffusers import DiffusionPipeline, LCMScheduler
 
-STAGES = ("autoencoder", "denoiser", "style", "few_steps")
+        pipe = DiffusionPipeline.from_pretrained(str(self.model), torch_dtype=torch.float32).to(self.device)
+        pipe.set_progress_bar_config(disable=True)
+        if lora is not None:
+            pipe.load_lora_weights(load_file(self.out / LORAS[lora].relative_to(ROOT)))
+        if lora == "lcm":
+            pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    def evaluate(self) -> None:
+        """References, figures (training.json) and the contact sheet (samples.png)."""
+        rows = evaluate.choose(self.emoji)
+        stacks = {STYLES[vendor]: ((p[rows] + 1) * 127.5).round().byte() for vendor, p in self.pictures.items()}
+        stacks = {style: p.permute(0, 2, 3, 1).numpy() for style, p in stacks.items()}
+        names = [self.emoji[i].captions + self.emoji[i].held_out for i in rows]
+        folder = (self.out / REFERENCES["noto"].relative_to(ROOT)).parent
+        recognise.save(folder, names, stacks)
+        found = {style: recognise.load(style, folder) for style in stacks}
+        figures = {
+            f"autoencoder_psnr_db_{STYLES[vendor]}": round(evaluate.reconstruction(self.vae(), pictures), 2)
+            for vendor, pictures in self.pictures.items()
+        }
+        captions = [self.emoji[i].captions[0] for i in rows]
+        base = self.pipeline()
+        drawn = evaluate.draw(base, captions, evaluate.STEPS, evaluate.GUIDANCE)
+        figures["recognised_25_steps"] = evaluate.share(found["noto"], drawn, list(range(len(rows))))
+        held = [(row, e.held_out[0]) for row, e in enumerate(self.emoji[i] for i in rows) if e.held_out]
+        unseen = evaluate.draw(base, [c for _, c in held], evaluate.STEPS, evaluate.GUIDANCE)
+        figures["recognised_held_out_captions"] = evaluate.share(found["noto"], unseen, [row for row, _ in held])
+        figures["held_out_captions"] = len(held)
+        flat = [f"{c}, {dataset.STYLE_TRIGGER}" for c in captions]
+        styled = evaluate.draw(self.pipeline("style"), flat, evaluate.STEPS, evaluate.GUIDANCE)
+        figures["recognised_flat_style"] = evaluate.share(found["twemoji"], styled, list(range(len(rows))))
+        fast = self.pipeline("lcm")
+        for steps in (1, 2, 4, 8):
+            quick = evaluate.draw(fast, captions, steps, 1.0)
+            figures[f"recognised_lcm_{steps}_steps"] = evaluate.share(found["noto"], quick, list(range(len(rows))))
+            if steps == evaluate.FEW:
+                four = quick
+        show = slice(0, 32)
+        sheet = evaluate.sheet([drawn[show], four[show], styled[show], stacks["noto"][show] / 255])
+        sheet.save(self.out / "samples.png", optimize=True)
+        self.note("evaluation", **figures)
+        log.info("%s", json.dumps(figures, indent=1))
+
+
+STAGES = ("autoencoder", "denoiser", "style", "few_steps", "evaluate")
+STYLES = {"google": "noto", "twitter": "twemoji"}
 
 
 def main() -> None:

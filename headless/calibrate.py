@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
@@ -11,9 +12,14 @@ from torch import Tensor
 from ..checkpoints import resume
 from ..checkpoints.convert import Conversion, Options, plan_source, quantize, side_dtype
 from ..checkpoints.errors import CheckpointError
+from ..checkpoints.header import BYTES
 from ..checkpoints.source import Source
+from ..prompts import batch, calibration
+from ..prompts import domain as domains
+from ..quant.calib import allocate
 from ..quant.calib.engine import Job, Layer, Watch, calibrate
 from ..quant.calib.presets import Preset
+from ..quant.policy import LayerPlan
 from ..quant.schemes import KEEP
 from . import pipeline
 
@@ -33,6 +39,27 @@ class Inputs:
             pipeline.sample(pipe, list(self.prompts[i : i + batch]), self.levels, self.cfg, self.seed + i)
 
 
+def texts(file: Path | None, domain: str | None, count: int, seed: int) -> tuple[str, ...]:
+    """``count`` prompts of a text file, of a domain, or of the pack's own list."""
+    if domain is not None:
+        return tuple(p.positive for p in batch.unique(domains.load(domain), count, seed))
+    given = None
+    if file is not None:
+        given = calibration.lines(file.read_text(encoding="utf-8"))
+        if not given:
+            raise ValueError(f"{file.name}: there is no prompt in it")
+    return tuple(calibration.sample(count, seed, given))
+
+
+def pipeline_folder(given: Path, source: Source) -> Path:
+    """The diffusers pipeline that ``given`` is or lies in. Raises CheckpointError for a file without one."""
+    for folder in (given, given.parent):
+        if (folder / "model_index.json").is_file():
+            return folder
+    remedy = "Give the diffusers pipeline folder, calibrate in ComfyUI (NibbleCalibrate), or use --preset data_free"
+    raise CheckpointError(source.name, "calibration must run the model, and this is a file without a pipeline", remedy)
+
+
 def module_layer(source: Source, native: str) -> str:
     """The diffusers layer whose input a native layer has: fused q, k and v all see what q sees."""
     rule = source.rules.get(f"{native}.weight")
@@ -45,13 +72,8 @@ def float_weight(source: Source, native: str) -> tuple[Tensor, Tensor | None]:
     return source.get(f"{source.prefix}{native}.weight"), source.get(bias) if bias in source.shapes else None
 
 
-def job(source: Source, pipe, inputs: Inputs, preset: Preset, options: Options) -> Job:
-    """What to solve for this source and pipeline; raises CheckpointError when the file's model cannot be run here."""
-    if not source.rules:
-        remedy = "Give the diffusers pipeline folder, calibrate in ComfyUI (NibbleCalibrate), or use --preset data_free"
-        raise CheckpointError(
-            source.name, f"preset {preset.id} must run the model, and this is a file without one", remedy
-        )
+def job(source: Source, pipe, inputs: Inputs, preset: Preset, options: Options, budget: int = 0) -> Job:
+    """What to solve for this source and pipeline. ``budget``: bytes of the file, 0 for none."""
     plans = options.plans or plan_source(source, options.rank)
     dtype, _ = side_dtype(source)
     module = pipeline.denoiser(pipe)
@@ -64,14 +86,24 @@ def job(source: Source, pipe, inputs: Inputs, preset: Preset, options: Options) 
         place=lambda name: module_layer(source, name),
         device=str(module.device),
         seed=options.seed,
+        fit=budget - _other_bytes(source, plans) if budget else None,
     )
+
+
+def _other_bytes(source: Source, plans: Mapping[str, LayerPlan]) -> int:
+    """Bytes in the file of everything that is not a planned layer's weight, its header among them."""
+    planned = {f"{source.prefix}{n}.weight" for n, p in plans.items() if p.scheme != KEEP}
+    _, shrink = side_dtype(source)
+    sizes = {**BYTES, **({"F32": 2, "F64": 2} if shrink else {})}
+    rest = [prod(source.shapes[n]) * sizes.get(source.dtypes[n], 8) for n in source if n not in planned]
+    return sum(rest) + allocate.file_overhead(len(planned), len(rest))
 
 
 def signature(source: Source, work: Job, inputs: Inputs) -> str:
     """Changes with anything the result depends on."""
     weights = {n: work.weight(n)[0] for n in work.plans}
     plans = {n: [p.scheme, p.rank, p.act_unsigned] for n, p in work.plans.items()}
-    drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed]
+    drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed, work.fit]
     values = dict(plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn)
     return resume.signature(weights=resume.fingerprint(weights), **values)
 
@@ -83,12 +115,13 @@ def run(
     preset: Preset,
     options: Options,
     out: Path,
+    budget: int = 0,
     say: Callable[[Layer, int, int], None] = lambda *_: None,
 ) -> tuple[Conversion, dict[str, Layer]]:
     """Calibrates and writes ``out``. Solved layers are kept beside it until then, so a stopped run goes on."""
     if out.exists():
         raise CheckpointError(out.name, "there is a file of this name already", "Choose another name")
-    work = job(source, pipe, inputs, preset, options)
+    work = job(source, pipe, inputs, preset, options, budget)
     store = resume.Folder(out.with_name(f".{out.name}.solved"), signature(source, work, inputs))
     layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
     record = {

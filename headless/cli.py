@@ -7,6 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+from . import profile, prompts
+
+OFFERED = ("data_free", "fast", "best")  # quant.calib.presets.OFFERED, said again so that --help need not load torch
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="nibble", description="4-bit diffusion: quantize, generate, inspect.")
@@ -27,6 +31,19 @@ def parser() -> argparse.ArgumentParser:
     quantize.add_argument("--seed", type=int, default=0, help="seed of the randomised SVD (default 0)")
     quantize.add_argument("--tile-packed", action="store_true", help="kitchen's tile-packed order where N %% 128 == 0")
     quantize.add_argument("--device", help="where to compute: cuda or cpu (default: a GPU if there is one)")
+    quantize.add_argument(
+        "--preset",
+        choices=OFFERED,
+        default="data_free",
+        help="how hard to try; fast and best draw prompts with the pipeline folder given as source (default data_free)",
+    )
+    quantize.add_argument("--prompts", type=Path, help="text file, a prompt a line (default: the pack's own list)")
+    quantize.add_argument("--domain", help="calibrate with this domain's prompts, e.g. food")
+    quantize.add_argument("--samples", type=int, default=16, help="prompts to draw while calibrating (default 16)")
+    quantize.add_argument("--levels", type=int, default=8, help="sampling steps of each (default 8)")
+    quantize.add_argument("--cfg", type=float, default=3.0, help="guidance scale while calibrating (default 3)")
+    quantize.add_argument("--budget", type=float, default=0, metavar="MIB", help="the file takes at most so much")
+    quantize.add_argument("--report", type=Path, help="HTML page to write: the error of each layer")
     quantize.set_defaults(run=run_quantize)
 
     generate = commands.add_parser("generate", help="draw pictures from a prompt")
@@ -52,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=run_inspect)
+    prompts.add_command(commands)
+    profile.add_command(commands)
     return top
 
 
@@ -76,6 +95,10 @@ def run_quantize(args) -> None:
     from ..checkpoints.source import open_source
     from .pipeline import device_and_dtype
 
+    if args.preset != "data_free":
+        return run_calibrate(args)
+    if args.budget or args.report or args.prompts or args.domain:
+        raise ValueError("--budget, --report, --prompts and --domain measure layers: add --preset fast or best")
     device, _ = device_and_dtype(args.device)
     with open_source(args.source) as source, bar(len(source.shapes), source.family.title) as progress:
 
@@ -85,6 +108,35 @@ def run_quantize(args) -> None:
         options = Options(rank=args.rank, seed=args.seed, tiled=args.tile_packed, device=device)
         result = quantize(source, args.out, options, update)
     print(result.summary())
+    print(result.path)
+
+
+def run_calibrate(args) -> None:
+    """``nibble quantize --preset fast``: the pipeline draws prompts while its layers are watched."""
+    from ..checkpoints.convert import Options
+    from ..checkpoints.source import open_source
+    from ..quant.calib import report
+    from ..quant.calib.presets import preset
+    from . import calibrate, pipeline
+
+    texts = calibrate.texts(args.prompts, args.domain, args.samples, args.seed)
+    with open_source(args.source) as source, bar(1, "loading") as progress:
+        pipe = pipeline.load_pipeline(calibrate.pipeline_folder(args.source, source), args.device)
+
+        def say(layer, done: int, total: int) -> None:
+            progress.total = total
+            progress.set_description(layer.name)
+            progress.update(done - progress.n)
+
+        inputs = calibrate.Inputs(texts, args.levels, args.cfg, args.seed)
+        options = Options(rank=args.rank, seed=args.seed, tiled=args.tile_packed, device=str(pipe.device))
+        budget = round(args.budget * 2**20)
+        result, layers = calibrate.run(source, pipe, inputs, preset(args.preset), options, args.out, budget, say)
+    print(report.summary(layers, args.preset))
+    print(result.summary())
+    if args.report:
+        args.report.write_text(report.page(layers, args.preset, f"{args.out.name}: error by layer"), encoding="utf-8")
+        print(args.report)
     print(result.path)
 
 

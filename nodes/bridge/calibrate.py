@@ -16,7 +16,7 @@ from server import PromptServer
 from ...checkpoints import families, resume
 from ...checkpoints.save import record
 from ...quant import kernels
-from ...quant.calib import engine, report
+from ...quant.calib import allocate, engine, report
 from ...quant.calib.engine import Job, Layer, Watch
 from ...quant.calib.presets import preset as preset_row
 from ...quant.policy import LayerPlan, plan, retarget
@@ -121,10 +121,11 @@ def _side_dtype(model) -> torch.dtype:
 
 
 def _other_bytes(model, plans: dict[str, LayerPlan]) -> int:
-    """Bytes in a file of everything that is not a planned layer's weight, in 16 bits."""
+    """Bytes in a file of everything that is not a planned layer's weight, in 16 bits, its header among them."""
     planned = {f"{n}.weight" for n, p in plans.items() if p.scheme != KEEP}
     state = model.model.diffusion_model.state_dict()
-    return sum(v.numel() * min(2, v.element_size()) for k, v in state.items() if k not in planned)
+    rest = [v.numel() * min(2, v.element_size()) for k, v in state.items() if k not in planned]
+    return sum(rest) + allocate.file_overhead(len(planned), len(rest))
 
 
 def _sample(model, inputs: Inputs, settings: Settings, node_id: str | None) -> None:

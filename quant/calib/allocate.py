@@ -20,6 +20,7 @@ from .presets import PRESETS, Preset
 from .solve import Sample, Solved, solve
 
 RANKS = (16, 32, 64, 128)
+FILE_OVERHEAD, LAYER_OVERHEAD, TENSOR_OVERHEAD = 8192, 1536, 256  # header and marks of a file: more than they take
 EIGHT_BIT = "int8_tensorwise"
 QUICK_TOKENS, QUICK_ROWS = 1024, 1024
 PROMOTE_OVER = 0.05  # relative output error above which a layer leaves 4 bits
@@ -130,6 +131,11 @@ def promoted(
         if eight.error <= over:
             return LayerPlan(EIGHT_BIT, why), eight
     return LayerPlan(KEEP, why), Solved(weight.to(dtype), bias, 0.0, solved.data_free, False)
+
+
+def file_overhead(layers: int, tensors: int) -> int:
+    """Bytes that a file's header and per-layer marks take at most; ``tensors``: those outside the planned layers."""
+    return FILE_OVERHEAD + LAYER_OVERHEAD * layers + TENSOR_OVERHEAD * tensors
 
 
 def stored_bytes(plan: LayerPlan, shape: tuple[int, int]) -> int:
