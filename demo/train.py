@@ -174,7 +174,7 @@ class Run:
         held = [(row, e.held_out[0]) for row, e in enumerate(self.emoji[i] for i in rows) if e.held_out]
         unseen = evaluate.draw(base, [c for _, c in held], evaluate.STEPS, evaluate.GUIDANCE)
         figures["recognised_held_out_captions"] = evaluate.share(found["noto"], unseen, [row for row, _ in held])
-        figures["held_out_captions"] = len(held)
+        figures["held_out"] = [c for _, c in held]
         flat = [f"{c}, {dataset.STYLE_TRIGGER}" for c in captions]
         styled = evaluate.draw(self.pipeline("style"), flat, evaluate.STEPS, evaluate.GUIDANCE)
         figures["recognised_flat_style"] = evaluate.share(found["twemoji"], styled, list(range(len(rows))))

@@ -126,10 +126,15 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
         kept = watch.store.get(name)
         if kept is not None:
             done[name] = kept
-    collection = Collection(module, job, [n for n in wanted if n not in done], watch.check)
-    plans = job.plans if job.fit is None else _fitted(collection, job, done, watch.check)
+    if len(done) == len(wanted):
+        return {n: done[n] for n in wanted}
+    # All layers are watched again, so that those still to do share their inputs with the same ones as in a whole run.
+    collection = Collection(module, job, wanted, watch.check)
+    plans = job.plans if job.fit is None else _fitted(collection, job, watch.check)
     for name, sample in collection.walk():
         watch.check()
+        if name in done:
+            continue
         layer = _solve(name, sample, plans[name], job)
         done[name] = layer
         if watch.store:
@@ -138,11 +143,9 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
     return {n: done[n] for n in wanted}
 
 
-def _fitted(
-    collection: Collection, job: Job, done: Mapping[str, Layer], check: Callable[[], None]
-) -> dict[str, LayerPlan]:
+def _fitted(collection: Collection, job: Job, check: Callable[[], None]) -> dict[str, LayerPlan]:
     """Plans within ``job.fit`` bytes, by each layer's quickly measured error."""
-    options = {n: [allocate.Option(x.plan, allocate.stored_bytes(x.plan, x.shape), 0.0)] for n, x in done.items()}
+    options: dict[str, list[allocate.Option]] = {}
     for name, sample in collection.walk():
         check()
         weight = job.weight(name)[0].to(job.device).float()
@@ -157,7 +160,10 @@ def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer
     if not torch.isfinite(weight).all():
         raise ValueError(f"layer {name}: the weight holds NaN or infinity")
     bias = None if bias is None else bias.to(job.device)
-    solved = solve(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
+    if plan.scheme == KEEP:
+        solved = Solved(weight.to(job.dtype), bias, 0.0, float("nan"), False)
+    else:
+        solved = solve(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
     if sample is not None and job.promote is not None:
         plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
     tokens = 0 if sample is None else len(sample.tokens)
