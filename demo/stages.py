@@ -20,7 +20,7 @@ from .loop import Plan, train
 AUTOENCODER = Plan("autoencoder", steps=5200, batch=32, lr=1e-3, ema=0.998, seed=1)
 DENOISER = Plan("denoiser", steps=7600, batch=64, lr=6e-4, warmup=200, ema=0.9993, seed=2)
 STYLE = Plan("style", steps=1200, batch=64, lr=2e-3, weight_decay=0.0, ema=0.995, seed=3)
-FEW_STEPS = Plan("few_steps", steps=1400, batch=48, lr=1e-3, weight_decay=0.0, ema=0.99, seed=4)
+FEW_STEPS = Plan("few_steps", steps=1400, batch=32, lr=1e-3, weight_decay=0.0, ema=0.99, seed=4)
 
 LATENT_NOISE = 0.05  # the decoder learns to forgive what a sampler leaves behind
 CAPTION_DROPOUT = 0.1

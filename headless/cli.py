@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import profile, prompts
+from . import convert, profile, prompts
 
 OFFERED = ("data_free", "fast", "best")  # quant.calib.presets.OFFERED, said again so that --help need not load torch
 
@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=run_inspect)
+    convert.add_command(commands)
     prompts.add_command(commands)
     profile.add_command(commands)
     return top

@@ -41,6 +41,7 @@ def device_and_dtype(device: str | None = None) -> tuple[str, torch.dtype]:
 def load_pipeline(folder: str | Path, device: str | None = None):
     """A diffusers pipeline from a local folder, never from a hub. Raises CheckpointError when it is not one."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -48,6 +49,8 @@ def load_pipeline(folder: str | Path, device: str | None = None):
             folder.name, "not a diffusers pipeline folder", "Give a folder that holds model_index.json"
         )
     device, dtype = device_and_dtype(device)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns of a VAE class other than the one its type hints name
     pipe = DiffusionPipeline.from_pretrained(
         str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
     )

@@ -14,6 +14,9 @@ from ..quant.calib import presets
 from ..quant.policy import TARGETS
 from . import files
 from .bridge import calibrate as bridge
+from .bridge import prompts as domain_prompts
+
+SHIPPED, DOMAIN = "shipped list", "domain: "
 
 
 def as_image(picture) -> torch.Tensor:
@@ -144,7 +147,7 @@ class NibbleCalibrate(io.ComfyNode):
 
 
 class NibbleCalibrationPrompts(io.ComfyNode):
-    """Prompts for calibration: a shipped list, or lines of a text file."""
+    """Prompts for calibration: a shipped list, a domain's, or lines of a text file."""
 
     @classmethod
     def define_schema(cls):
@@ -152,16 +155,15 @@ class NibbleCalibrationPrompts(io.ComfyNode):
             node_id="NibbleCalibrationPrompts",
             display_name="Calibration Prompts (Nibble)",
             category="Nibble/quantize",
-            description="Prompts to calibrate with, one a line: drawn by seed from a list that ships with "
-            "this pack, or from "
-            "a text file in the input folder.",
+            description="Prompts to calibrate with, one a line: drawn by seed from a list that ships with this pack, "
+            "from a domain, or from a text file in the input folder.",
             search_aliases=["prompt list", "dataset", "captions", "calibration data", "prompts from file"],
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=["shipped list", *files.input_names((".txt",))],
-                    tooltip="The shipped list covers people, places, things and styles; or a .txt file in "
-                    "input/, one prompt a line.",
+                    options=[SHIPPED, *(DOMAIN + n for n in domain_prompts.names()), *files.input_names((".txt",))],
+                    tooltip="The shipped list covers people, places, things and styles; a domain has what one kind "
+                    "of picture asks for; or a .txt file in input/, one prompt a line.",
                 ),
                 io.Int.Input(
                     "count", default=8, min=1, max=1024, tooltip="How many prompts. 8 are enough for most models."
@@ -175,7 +177,10 @@ class NibbleCalibrationPrompts(io.ComfyNode):
 
     @classmethod
     def execute(cls, source, count, seed) -> io.NodeOutput:
-        given = None if source == "shipped list" else calibration.lines(files.input_text(source))
+        if source.startswith(DOMAIN):
+            found = domain_prompts.many(source.removeprefix(DOMAIN), "", count, seed, "auto", "")
+            return io.NodeOutput("\n".join(p.positive for p in found))
+        given = None if source == SHIPPED else calibration.lines(files.input_text(source))
         return io.NodeOutput("\n".join(calibration.sample(count, seed, given)))
 
 

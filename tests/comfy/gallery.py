@@ -1,0 +1,107 @@
+"""The gallery: workflows/<name>.json (what the front end opens) and <name>.jpg (what it gives), from workflows/api.
+
+`python tests/comfy/gallery.py [NAME ...]` starts ComfyUI, draws each graph, runs those on the demo model, and writes
+both files. What a workflow is for is said once, in `NOTES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from workflow_tools import to_ui
+
+ROOT = Path(__file__).resolve().parents[2]
+API, GALLERY = ROOT / "workflows" / "api", ROOT / "workflows"
+THUMBNAIL = 512
+# name -> (what to expect, the node whose picture is the thumbnail; None: it needs a model to download)
+NOTES: dict[str, tuple[str, str | None]] = {
+    "quickstart": ("# Quickstart\nDraws a red apple with the small model that ships with this pack, in 4 bits. Nothing "
+        "to download; a few seconds on a CPU. Change the text: *fox face*, *rocket*, *hot beverage* ...", "7"),
+    "calibrate": ("# Calibrate your own 4-bit model\nSamples 8 prompts, watches every layer, solves it, and saves the "
+        "model to output/diffusion_models. The picture shows before and after from the same noise. For your own "
+        "checkpoint, put its loader in place of the demo's.", "13"),
+    "compare": ("# 16 bits against 4 bits\nThe same pictures twice: how far apart they are, how long each took, what "
+        "each weighs. White in the heat map is a difference of a quarter of the range or more.", "14"),
+    "profile": ("# Where the time and the memory went\nThe profiler goes last; Estimate says before a run whether it "
+        "will fit.", "8"),
+    "few-step": ("# Four steps instead of 25\nThe sampler finds the preset that belongs to the model's LoRA. Below: "
+        "the same with the parts that it is made of.", "8"),
+    "few-step-parts": ("# Few steps by hand\nSigmas from a list of timesteps, and the TCD sampler. The chart shows how "
+        "straight the path is.", "9"),
+    "domain": ("# A domain\nTwo words become a prompt, LoRA, sampler and size of one kind of picture. Change the "
+        "domain and the subject.", "6"),
+    "domain-prompts": ("# Prompts of a domain\nOne prompt with its choices open, and a list of different ones for "
+        "calibration or a batch.", "8"),
+    "lora-stack": ("# LoRAs on a 4-bit model\nThey lengthen the 16-bit branch beside the 4-bit weights; nothing is "
+        "rounded again, and order does not matter.", "11"),
+    "sdxl-turbo": ("# SDXL-Turbo in one step\nNeeds sd_xl_turbo_1.0_fp16 (6.9 GB).", None),
+    "lcm-lora-sd15": ("# SD1.5 in four steps with the LCM LoRA\nNeeds SD1.5 and its LCM LoRA.", None),
+    "flux-schnell": ("# FLUX.1-schnell in four steps\nNeeds flux1-schnell-fp8 (17 GB).", None),
+    "lcm-dreamshaper": ("# LCM Dreamshaper with its own guidance\nThe guidance scale goes into the model as an "
+        "embedding: one evaluation a step.", None),
+    "instaflow": ("# InstaFlow: one straight step\nA rectified flow in SD1.5's UNet.", None),
+    "perflow-sdxl": ("# PeRFlow SDXL in four steps\nPiecewise straight: the window's ends are where it is exact.", None),
+    "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
+        "two reports.", None),
+    "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "
+        "model.", None),
+}  # fmt: skip
+
+
+def versions() -> dict[str, tuple[str, str]]:
+    """python module prefix -> (registry id, version), as the front end keeps them in a node's properties."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    own = next(line.split('"')[1] for line in text.splitlines() if line.startswith("version"))
+    return {"custom_nodes.ComfyUI-Nibble": ("nibble-4bit", own), "": ("comfy-core", "0.33.0")}
+
+
+def api(name: str) -> dict:
+    return json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def drawn(name: str, object_info: dict) -> dict:
+    """The UI-format workflow of ``name``."""
+    graph = api(name)
+    models = {k: n["_meta"]["models"] for k, n in graph.items() if n["_meta"].get("models")}
+    return to_ui(graph, object_info, versions(), [NOTES[name][0]], models)
+
+
+def thumbnail(picture: np.ndarray) -> Image.Image:
+    """(H, W, 3) in [0, 1] -> at most `THUMBNAIL` pixels wide; small pictures are enlarged by whole numbers."""
+    image = Image.fromarray((picture * 255).round().astype(np.uint8))
+    factor = max(1, THUMBNAIL // max(image.size))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
+def main() -> None:
+    from conftest import start
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(NOTES))
+    names = parser.parse_args().names
+    with tempfile.TemporaryDirectory() as base:
+        server = start(Path(base))
+        try:
+            info = server.get("/object_info")
+            for name in names:
+                text = json.dumps(drawn(name, info), indent=1, ensure_ascii=False)
+                (GALLERY / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+                picture = NOTES[name][1]
+                if picture is not None:
+                    image = thumbnail(server.image(server.done(api(name)), picture))
+                    image.save(GALLERY / f"{name}.jpg", quality=88, optimize=True)
+                print(name)
+        finally:
+            server.process.terminate()
+            server.process.wait(30)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The commands as a person types them, on the shipped model; every mistake is one sentence and exit status 1."""
+
+import json
+
+import numpy as np
+import pytest
+from comfyui_nibble import demo
+from comfyui_nibble.checkpoints.load import load
+from comfyui_nibble.headless.cli import main
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    path = tmp_path_factory.mktemp("q") / "demo-4bit.safetensors"
+    assert main(["quantize", str(demo.MODEL), "--out", str(path), "--rank", "16"]) == 0
+    return path
+
+
+def test_generate_from_a_quantized_file(quantized, tmp_path, capsys):
+    args = ["generate", "fox face", "--model", str(demo.MODEL), "--quantized", str(quantized), "--steps", "2"]
+    assert main([*args, "--out", str(tmp_path)]) == 0
+    path = capsys.readouterr().out.split()[-1]
+    assert np.asarray(Image.open(path)).shape == (128, 128, 3)
+
+
+def test_a_domain_and_a_lora(tmp_path, capsys):
+    lora = f"{demo.LORAS['style']}:0.5"
+    args = ["generate", "apple", "--domain", "emoji", "--lcm", "--steps", "1", "--lora", lora, "--out", str(tmp_path)]
+    assert main(args) == 0
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+def test_calibrate_with_a_budget_and_a_report(quantized, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple\nfox face\n", encoding="utf-8")
+    out, page = tmp_path / "fast.safetensors", tmp_path / "report.html"
+    budget = quantized.stat().st_size / 2**20 + 0.3
+    args = [
+        "quantize",
+        str(demo.MODEL),
+        "--out",
+        str(out),
+        "--preset",
+        "fast",
+        "--prompts",
+        str(prompts),
+        "--levels",
+        "2",
+    ]
+    assert main([*args, "--budget", f"{budget:.2f}", "--report", str(page)]) == 0
+    assert "are calibrated" in capsys.readouterr().out
+    assert out.stat().st_size <= budget * 2**20
+    assert len(load(out).layers) >= 60 and "data:image/png" in page.read_text(encoding="utf-8")
+    assert not list(tmp_path.glob(".*"))
+    record = json.loads(load(out).metadata["nibble"])["calibration"]
+    assert record["method"] == "fast" and record["prompts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["inspect", "nothing.safetensors"], "nothing.safetensors"),
+        (["quantize", "{file}", "--out", "{new}", "--preset", "fast"], "a file without a pipeline"),
+        (["quantize", "{model}", "--out", "{new}", "--budget", "5"], "add --preset fast or best"),
+        (["quantize", "{model}", "--out", "{file}"], "There is a file of this name|there is a file of this name"),
+        (["generate", "x", "--lora", "none.safetensors"], "none.safetensors: there is no such LoRA file"),
+        (["prompts", "expand", "cars", "a red one"], "cars"),
+    ],
+)
+def test_a_mistake_is_one_sentence(args, words, quantized, tmp_path, capsys):
+    places = {"file": quantized, "new": tmp_path / "new.safetensors", "model": demo.MODEL}
+    assert main([a.format(**places) for a in args]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("nibble: ") and any(w in error for w in words.split("|")), error
+    assert not (tmp_path / "new.safetensors").exists()
