@@ -4,6 +4,7 @@ missing, and works when it is there.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
@@ -31,11 +32,19 @@ def lpips(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[float]:
     file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET
     if not file.is_file():
         raise Missing(f"LPIPS is left out: {ALEXNET} is not in torch's cache of checkpoints (nothing is downloaded)")
-    import lpips as library
-
+    library = _load("LPIPS", "lpips")
     with torch.inference_mode(False), torch.no_grad():
         network = library.LPIPS(net="alex", verbose=False).eval()
         return [float(network(_plus_minus_one(r), _plus_minus_one(c))) for r, c in pairs]
+
+
+def _load(measure: str, name: str):
+    """An installed package. Raises Missing when it does not import: many are made for one version of another."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, AttributeError, RuntimeError, OSError) as e:
+        first = str(e).strip().partition("\n")[0]
+        raise Missing(f"{measure} is left out: the Python package {name} does not load here ({first})") from e
 
 
 def _plus_minus_one(picture: np.ndarray) -> torch.Tensor:
@@ -53,10 +62,9 @@ def image_reward(prompts: Sequence[str], pictures: Iterable[np.ndarray]) -> list
     absent = [name for name in REWARD if not (cache / name).is_file()]
     if absent:
         raise Missing(f"ImageReward is left out: {' and '.join(absent)} not in its cache (nothing is downloaded)")
-    import ImageReward
     from PIL import Image
 
-    model = ImageReward.load(str(cache / REWARD[0]), med_config=str(cache / REWARD[1]))
+    model = _load("ImageReward", "ImageReward").load(str(cache / REWARD[0]), med_config=str(cache / REWARD[1]))
     images = (Image.fromarray((np.clip(p, 0, 1) * 255).round().astype(np.uint8)) for p in pictures)
     with torch.no_grad():
         return [float(model.score(p, image)) for p, image in zip(prompts, images, strict=True)]

@@ -95,7 +95,7 @@ class NibbleScores(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, folder, reference_folder, **_):
+    def fingerprint_inputs(cls, folder=pictures.NONE, reference_folder=pictures.NONE, **_):
         return pictures.fingerprint(folder), pictures.fingerprint(reference_folder)
 
     @classmethod

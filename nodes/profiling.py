@@ -44,8 +44,9 @@ class NibbleProfiler(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, label, filename_prefix, anything=None):
-        profiling.ensure(label, filename_prefix)  # called after the prompt's registry is made, before its first node
+    def fingerprint_inputs(cls, label="", filename_prefix=profiling.PREFIX, anything=None):
+        # Called after the prompt's registry is made, before its first node; inputs that are linked are not known yet.
+        profiling.ensure(label, filename_prefix)
         return float("nan")  # a report of a run is never an old one
 
     @classmethod
@@ -77,7 +78,7 @@ class NibbleProfileModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, label, model=None):
+    def fingerprint_inputs(cls, label="", model=None):
         profiling.ensure()  # so that the nodes before the sampler are timed, too
         return label
 
@@ -133,7 +134,7 @@ class NibbleEstimate(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, file, **_):
+    def fingerprint_inputs(cls, file=records.NONE, **_):
         return estimate.fingerprint(file)
 
     @classmethod
@@ -174,8 +175,8 @@ class NibbleCompareProfiles(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, first, second, third, fourth):
-        return records.fingerprint([first, second, third, fourth])
+    def fingerprint_inputs(cls, **chosen):
+        return records.fingerprint(list(chosen.values()))
 
     @classmethod
     def execute(cls, first, second, third, fourth) -> io.NodeOutput:

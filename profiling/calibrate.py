@@ -25,6 +25,7 @@ FORMAT = "nibble-calibration-1"
 SHIPPED = Path(__file__).with_name("constants.json")
 MAX_BYTES = 2**20
 ENGINES = ("comfyui", "diffusers")
+STORAGE = ("16-bit", "4-bit")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Measurement:
 class Constants:
     """A fitted row. ``runs``: how many measurements; ``memory_error``, ``time_error``: the largest relative miss of the
     fit on them (memory_error is -1 when no run had a measured peak; then the factor is 1: simulated bytes as they are).
-    ``context``: bytes the driver takes besides, 0 when not measured.
+    ``context``: bytes the driver takes besides, 0 when not measured. ``flops_least``, ``flops_most``: of the
+    evaluations that were measured, 0 when not known.
     """
 
     key: Key
@@ -71,6 +73,8 @@ class Constants:
     memory_error: float = -1.0
     time_error: float = 0.0
     context: int = 0
+    flops_least: int = 0
+    flops_most: int = 0
 
     def activation(self, live: int) -> int:
         return round(self.activation_fixed + self.activation_factor * live)
@@ -124,7 +128,8 @@ def fit(key: Key, measured: Iterable[Measurement], context: int = 0) -> Constant
     out = Constants(key, fixed, factor, once, per_pixel, each, 1 / per_flop, len(measured), context=context)
     memory = max((abs(out.activation(m.live) / m.activation - 1) for m in peaks), default=-1.0)
     time = max(abs(out.seconds(m.pixels, m.flops, m.evaluations) / m.seconds - 1) for m in measured)
-    return replace(out, memory_error=memory, time_error=time)
+    work = [m.flops for m in measured]
+    return replace(out, memory_error=memory, time_error=time, flops_least=min(work), flops_most=max(work))
 
 
 def to_json(rows: Iterable[Constants]) -> str:
@@ -154,14 +159,16 @@ def shipped() -> list[Constants]:
 
 
 def find(rows: Sequence[Constants], key: Key) -> tuple[Constants | None, str]:
-    """(the row for ``key``, how it was found, in words). The device and the engine must be the same: a speed measured
-    elsewhere is no measurement here. Of several rows the last wins; weights of the other kind are the last resort.
+    """(the row for ``key``, how it was found, in words). The device must be the same: a speed measured elsewhere is no
+    measurement here. Weights of the other kind come before another engine; of several rows the last wins.
     """
-    same = [r for r in rows if (r.key.engine, r.key.device) == (key.engine, key.device)]
-    for names in (("family", "dtype", "attention", "weights"), ("family", "dtype", "attention")):
+    same = [r for r in rows if r.key.device == key.device]
+    for wanted in (("engine", "weights"), ("engine",), ("weights",), ()):
+        names = ("family", "dtype", "attention", *wanted)
         hits = [r for r in same if all(getattr(r.key, n) == getattr(key, n) for n in names)]
         if hits:
             row = hits[-1]
-            as_asked = "" if row.key.weights == key.weights else f", with {row.key.weights} weights"
-            return row, f"fitted on {row.runs} measured runs of {key.family} on this machine{as_asked}"
+            how = f"fitted on {row.runs} measured run{'s' * (row.runs > 1)} of {key.family} on this machine"
+            how += "" if row.key.engine == key.engine else f" in {row.key.engine}"
+            return row, how + ("" if row.key.weights == key.weights else f", with {row.key.weights} weights")
     return None, f"no run of {key.family} in {key.dtype} was measured on {key.device}"

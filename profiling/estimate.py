@@ -20,6 +20,7 @@ from .weights import STORED, Precision, Weights
 from .work import Work
 
 YES, OFFLOAD, NO = "yes", "offload", "no"
+SPAN = 1.5  # how far from what was measured a task may be without a word
 STREAM = 0.1  # of the card: room for the layers that are passing through while weights stay in RAM
 
 
@@ -207,7 +208,7 @@ def markdown(e: Estimate, known: Known, machine: str, limit: int, tables: list[s
              "VAE": e.vae, "VAE decoding": e.vae_activation, "driver": e.context}  # fmt: skip
     lines += ["", *table(("part", "memory"), [(n, size(b)) for n, b in parts.items() if b])]
     time = f"about {seconds(e.seconds)}" if e.seconds is not None else "not known"
-    lines += ["", f"Seconds: {time} ({known.constants_how})."]
+    lines += ["", f"Seconds: {time} ({known.constants_how})." + far(known)]
     if not e.calibrated:
         lines.append("Not calibrated: activations are simulated bytes without what kernels add. Run `nibble profile` "
                      "on this machine, or record a run with Profile this Model.")  # fmt: skip
@@ -215,6 +216,18 @@ def markdown(e: Estimate, known: Known, machine: str, limit: int, tables: list[s
     lines += ["", "Does it fit? (offload: only with weights in RAM. At best: a bound from the card's printed limits "
               "for the fastest precision that fits; nobody measured it.)", "", *tables]  # fmt: skip
     return "\n".join(lines)
+
+
+def far(known: Known) -> str:
+    """A sentence where the task's evaluations are much larger or smaller than those that were measured, else ""."""
+    c, work = known.constants, known.work
+    if c is None or work is None or not c.flops_most:
+        return ""
+    above, below = work.flops / c.flops_most, work.flops / max(1, c.flops_least)
+    if above <= SPAN and below >= 1 / SPAN:
+        return ""
+    ratio, which = (above, "largest") if above > SPAN else (below, "smallest")
+    return f" An evaluation of it is {ratio:.2g} times the {which} one measured: record a run of its size to be sure."
 
 
 def to_json(e: Estimate, known: Known) -> str:

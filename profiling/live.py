@@ -121,11 +121,11 @@ class RunRecorder:
     def sample(self) -> float:
         """Adds a point to the memory curve. Returns the seconds to wait before the next."""
         begin, at = self._cpu(), self.now()
-        device, host = self.probe.used()
+        device, now = self.probe.used()
         with self._lock:
-            self._curve.append(Point(round(at, 4), device, host))
-            for id in self._open:
-                self._nodes[id].peaks = self._nodes[id].peaks.over(Peaks(host=host))
+            self._curve.append(Point(round(at, 4), device, now.host))
+            for id in self._open:  # the driver and the operating system keep no peaks: only looking often finds them
+                self._nodes[id].peaks = self._nodes[id].peaks.over(now)
             if len(self._curve) > POINTS:
                 self._curve = self._curve[::2]
                 self._interval *= 2

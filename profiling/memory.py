@@ -64,10 +64,10 @@ class HostProbe:
         """The peaks since `restart`, and what is in use now."""
         return Peaks(host=host_used())
 
-    def used(self) -> tuple[int, int]:
-        """(bytes in use on the device, resident bytes of this process) now; on a CPU they are the same."""
+    def used(self) -> tuple[int, Peaks]:
+        """(bytes in use on the device, what this process holds of them) now; on a CPU both are its resident bytes."""
         host = host_used()
-        return host, host
+        return host, Peaks(host=host)
 
 
 class CudaProbe:
@@ -90,9 +90,11 @@ class CudaProbe:
         allocated = torch.cuda.max_memory_allocated(self._index)
         return Peaks(allocated, torch.cuda.max_memory_reserved(self._index), self._process(), host_used())
 
-    def used(self) -> tuple[int, int]:
+    def used(self) -> tuple[int, Peaks]:
+        """Without NVML the first number counts every program on the card, and the second none of it."""
         free, total = torch.cuda.mem_get_info(self._index)
-        return self._process() or total - free, host_used()
+        now = Peaks(process=self._process(), host=host_used())
+        return now.process or total - free, now
 
 
 def probe(device: str | torch.device | None = None) -> HostProbe | CudaProbe:

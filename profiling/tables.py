@@ -72,18 +72,19 @@ def step_text(node: Node) -> str:
 
 
 def models(run: Run) -> list[str]:
-    """Markdown: one row a self-recording model, each against the first."""
-    first = run.samplings[0]
+    """Markdown: one row a self-recording model, the one with the largest weights first and the others against it."""
+    ordered = sorted(run.samplings, key=lambda s: -s.weight_bytes)
+    first = ordered[0]
     rows = []
-    for s in run.samplings:
+    for s in ordered:
         ratio = s.steady / first.steady if first.steady else 0.0
         rows.append((
             s.label, s.weights, size(s.weight_bytes), f"{s.weight_bytes / max(1, first.weight_bytes):.2f}x",
             len(s.evaluations), seconds(s.warm_up), seconds(s.steady), f"{ratio:.2f}x", seconds(s.load_seconds),
             size(s.activation) if s.activation else "-",
         ))  # fmt: skip
-    head = ("model", "weights", "size", "against first", "evaluations", "first (warm-up)", "each next", "against first",
-            "load", "activations")  # fmt: skip
+    head = ("model", "weights", "size", "ratio", "evaluations", "first (warm-up)", "each next", "ratio", "load",
+            "activations")  # fmt: skip
     return table(head, rows)
 
 

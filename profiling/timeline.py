@@ -30,10 +30,10 @@ def timeline(run: Run) -> Image.Image:
     cached = sum(n.state == "cached" for n in run.nodes)
     lines = [f"{len(nodes)} ran, {cached} cached, {seconds(run.between)} between nodes"]
     if hidden:
-        lines[0] += f"; {len(hidden)} short ones not drawn: {seconds(sum(n.seconds for n in hidden))}"
+        lines[0] += f"; not drawn: {len(hidden)}, together {seconds(sum(n.seconds for n in hidden))}"
     head = PAD + TITLE + TEXT + 28
     rows = max(1, len(shown))
-    height = head + rows * ROW + 60 + (CURVE + 110 if run.curve else 0) + PAD
+    height = head + rows * ROW + 60 + (CURVE + 50 if run.curve else 0) + PAD
     image = Image.new("RGB", (WIDTH, height), PAPER)
     draw = ImageDraw.Draw(image)
     title = f"{run.label or 'run'}: {seconds(run.seconds)}" + ("" if run.state == "complete" else f" ({run.state})")
@@ -126,7 +126,8 @@ def stacked(title: str, rows: list[tuple[str, list[tuple[str, float]], str]], li
     stand in the legend; ``limit`` is drawn as a line where it lies within the picture.
     """
     parts = list(dict.fromkeys(name for _, values, _ in rows for name, v in values if v))
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(parts)}
+    others = [name for name in parts if name not in COLOUR]
+    colour = COLOUR | {name: COLOURS[(len(COLOUR) + i) % len(COLOURS)] for i, name in enumerate(others)}
     head = PAD + TITLE + SMALL + 34
     image = Image.new("RGB", (WIDTH, head + len(rows) * ROW + PAD), PAPER)
     draw = ImageDraw.Draw(image)

@@ -78,6 +78,8 @@ def precisions(schemes: Mapping) -> dict[str, Precision]:
     """
 
     def stored_as(row, x: Linear, rank: int) -> int:
+        if row is None:  # stored in a 4-bit scheme that the table does not write, and no plan to change it
+            return x.nbytes
         if not row.fits(x.n, x.k):
             return 2 * x.n * x.k
         return row.bytes(x.n, x.k, min(rank, x.n, x.k) if row.low_rank else 0) + 2 * x.new_bias
@@ -85,7 +87,7 @@ def precisions(schemes: Mapping) -> dict[str, Precision]:
     out = [
         Precision("16-bit", lambda x, rank: 2 * x.n * x.k, "fp16"),
         Precision("8-bit", lambda x, rank: x.n * x.k + FP8_SCALE, "int8"),
-        Precision("4-bit", lambda x, rank: stored_as(schemes[x.plan], x, rank), "four_bit", branch=True),
+        Precision("4-bit", lambda x, rank: stored_as(schemes.get(x.plan), x, rank), "four_bit", branch=True),
     ]
     for id, row in schemes.items():
         rate = {4: "four_bit", 8: "int8"}.get(row.act_bits, "fp16")

@@ -34,9 +34,7 @@ def projecting(clip):
     if not found:
         raise ValueError(f"CLIP-T: this text encoder is not a CLIP model and has no text projection. {WHERE}")
     if len(found) > 1:
-        raise ValueError(
-            f"CLIP-T: this holds {len(found)} CLIP text encoders, and no picture encoder fits both. {{WHERE}}"
-        )
+        raise ValueError(f"CLIP-T: this holds {len(found)} CLIP text encoders; no picture encoder fits both. {WHERE}")
     problem = wrong_with(found[0].transformer.text_projection.weight)
     if problem:
         raise ValueError(f"CLIP-T: the text projection of this encoder {problem}, so it has none of its own. {WHERE}")

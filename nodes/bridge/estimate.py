@@ -21,10 +21,12 @@ from ...quant import kernels
 from ...quant.policy import plan
 from ...quant.schemes import SCHEMES
 from .. import files
-from . import load, measured, model_profile, records, reports, simulate
+from . import demo_unet, load, measured, model_profile, records, reports, simulate
+from .operations import operations
 
 FOLDERS = ("diffusion_models", "checkpoints")
 HERE = "this one"
+FOUR_BIT = {*SCHEMES, *kernels.OURS.values()}
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 VAE = ("first_stage_model.", "vae.")
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -77,7 +79,7 @@ def gpu_choices() -> list[str]:
 def fingerprint(file: str) -> str:
     """Changes with the model's file, and with what was measured on this machine."""
     own = files.fingerprint(*file.split("/", 1)) if "/" in file else records.NONE
-    return f"{own} {records.fingerprint(records.saved())}"
+    return f"{own} {records.measured()}"
 
 
 def run(task: Task, gpu: str, models: Models) -> tuple[str, str, torch.Tensor]:
@@ -168,7 +170,7 @@ def from_file(choice: str) -> Subject:
     p = found.prefix
     logical = {n: e.shape for n, e in head.tensors.items()} | {f"{p}{r.layer}.weight": (r.n, r.k) for r in found.rows}
     family, _ = families.detect(logical)
-    layers = {r.layer: (r.n, r.k, r.nbytes, r.scheme if r.scheme in SCHEMES else weights.KEEP) for r in found.rows}
+    layers = {r.layer: (r.n, r.k, r.nbytes, r.scheme if r.scheme in FOUR_BIT else weights.KEEP) for r in found.rows}
     plans = plan({r.layer: (r.n, r.k) for r in found.rows}, family.rules, 0)
     text, vae = (sum(e.nbytes for n, e in head.tensors.items() if n.startswith(start)) for start in (TEXT, VAE))
     own = {n.removeprefix(p): e for n, e in head.tensors.items() if n.startswith(p) and not n.startswith(TEXT + VAE)}
@@ -178,10 +180,16 @@ def from_file(choice: str) -> Subject:
 
 
 def empty_base(path: str, prefix: str):
-    """(ComfyUI's BaseModel of a file on the meta device, the dtype it would compute in here)."""
+    """(ComfyUI's BaseModel of a file, without its weights, and the dtype it would compute in here). The demo's UNet,
+    which ComfyUI's detection does not know, is small enough to build as it is.
+    """
     checkpoint = load.read(path)
+    quantized = bool(checkpoint.layers)
     sd = {**checkpoint.dense, **load.wrapped(checkpoint.layers)}
     sd = {name.removeprefix(prefix): t for name, t in sd.items() if name.startswith(prefix)}
+    if demo_unet.is_demo(sd):
+        base = demo_unet.build(sd, operations if quantized else None).model
+        return base, base.get_dtype_inference()
     load.model_options(sd, "", checkpoint.name)  # raises in one sentence for a model that ComfyUI does not know
     detect = comfy.model_detection
     config = detect.model_config_from_unet(sd, "") or detect.model_config_from_diffusers_unet(sd)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 
@@ -11,29 +13,38 @@ from ...profiling.calibrate import Constants, Key, Measurement
 from ...profiling.report import Sampling
 from . import records, simulate
 
+log = logging.getLogger(__name__)
 NEWEST = 20  # saved runs that are read
 LEAST = 2  # evaluations a sampling must have: the first alone is all warm-up
+SAME = 0.01  # of the parameters: a 4-bit copy may have gained a few biases
 
 
 def rows(key: Key, base) -> list[Constants]:
-    """Every known row, best last: shipped ones, then `nibble profile`'s, then one fitted now on saved runs of
-    ``key``'s kind on its device. ``base``: ComfyUI's model, to simulate what those runs did.
+    """Every known row, best last: shipped ones, then `nibble profile`'s, then those fitted now on saved runs of
+    ``key``'s kind on its device, one a weight storage. ``base``: ComfyUI's model, to simulate what those runs did.
     """
-    known = [*calibrate.shipped(), *records.calibrations()]
-    found = measurements(key, base)
-    return [*known, calibrate.fit(key, found)] if found else known
+    out = [*calibrate.shipped(), *records.calibrations()]
+    for stored in calibrate.STORAGE:
+        of = replace(key, weights=stored)
+        found = measurements(of, base)
+        out += [calibrate.fit(of, found)] if found else []
+    return out
 
 
 def measurements(key: Key, base) -> list[Measurement]:
-    """What saved runs say of ``key``. A file that is no run any more is left out, as it would be from the list."""
+    """What saved runs say of ``key``. A damaged file is left out, with a line in the log."""
     if not simulate.knows(base):
         return []
     done: dict[tuple, list[Sampling]] = defaultdict(list)
     size = simulate.parameters(base.diffusion_model)
     for name in records.saved()[:NEWEST]:
-        run = records.load(name)
+        try:
+            run = records.load(name)
+        except ValueError as e:
+            log.warning("Nibble: an estimate leaves out a saved run. %s", e)
+            continue
         for s in run.samplings:
-            if run.device.name == key.device and s.parameters == size and matches(s, key):
+            if run.device.name == key.device and abs(s.parameters - size) <= SAME * size and matches(s, key):
                 done[((s.batches[0], *s.shape[1:]), s.tokens)].append(s)
     out = []
     for (shape, tokens), samplings in done.items():

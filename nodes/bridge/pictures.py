@@ -89,7 +89,11 @@ def of_folder(choice: str) -> Pictures:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file())
     if files:
         texts = [p.with_suffix(".txt") for p in files]
-        captions = tuple(t.read_text(encoding="utf-8").strip() for t in texts) if all(map(Path.is_file, texts)) else ()
+        captions = (
+            tuple(t.read_text(encoding="utf-8", errors="replace").strip() for t in texts)
+            if all(map(Path.is_file, texts))
+            else ()
+        )
         return Pictures(tuple(p.name for p in files), files=tuple(files), captions=captions)
     stored = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if not stored:
@@ -103,9 +107,7 @@ def features_of(path: Path) -> torch.Tensor:
     header.read(path)
     found = [t for t in load_file(path).values() if t.dim() == 2 and t.is_floating_point()]
     if len(found) != 1:
-        raise ValueError(
-            f"{path.name}: a features file holds one float matrix (pictures, features), and this {{len(found)}}"
-        )
+        raise ValueError(f"{path.name}: a features file holds one float matrix (pictures, features), not {len(found)}")
     return found[0].float()
 
 

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 NAME = "nibble.profiler"
 REPORTERS = ("NibbleProfiler",)
 PREFIX = "nibble/run"
-POLL, QUIET = 0.02, 3  # seconds between looks at the other nodes, and how many without a change mean nothing comes
+POLL, QUIET = 0.005, 12  # seconds between looks at the other nodes, and how many without a change mean nothing comes
+CODED = {"LATENT", "IMAGE", "AUDIO"}
 MODELS = {"MODEL", "CLIP", "VAE", "CLIP_VISION", "CONTROL_NET", "STYLE_MODEL", "UPSCALE_MODEL"}
 
 
@@ -103,7 +104,7 @@ class Handler(ProgressHandler):
             return  # nothing ran
         try:
             self.save(self.run())
-        except OSError as e:  # a full disk must not fail a prompt that is over
+        except (OSError, ValueError) as e:  # a full disk or a bad name must not fail a prompt that is over
             log.warning("Nibble could not save the profile of this run: %s", e)
 
 
@@ -222,7 +223,7 @@ def kind_of(class_type: str) -> str:
         return "text"
     if "LATENT" in gives and takes & {"MODEL", "GUIDER"}:
         return "sample"
-    if "VAE" in takes:
+    if "VAE" in takes and takes & CODED:  # not what only asks about a VAE
         return "vae"
     return "load" if gives & MODELS and not takes & (MODELS | {"LATENT", "IMAGE"}) else "other"
 

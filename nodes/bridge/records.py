@@ -52,8 +52,13 @@ def shown(path: Path) -> dict[str, str]:
 
 
 def new_files(prefix: str) -> Files:
-    """Names under output/ that no file has; ``prefix`` may hold a subfolder and %date% parts."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    """Names under output/ that no file has; ``prefix`` may hold a subfolder and %date% parts. Raises ValueError for one
+    that leads out of it.
+    """
+    output = folder_paths.get_output_directory()
+    if not folder_paths.is_within_directory(output, os.path.join(output, prefix)):
+        raise ValueError(f"{prefix!r} leads out of the output folder. Give a name like {FOLDER}/run")
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
     while any(os.path.exists(os.path.join(folder, f"{name}_{counter:05}_{ending}")) for ending in ENDINGS):
         counter += 1
     return Files(os.path.join(folder, f"{name}_{counter:05}_"))
@@ -124,14 +129,28 @@ def fingerprint(choices: list[str]) -> str:
     folder = Path(folder_paths.get_output_directory()) / FOLDER
     names = [*choices, *saved()[:2]] if {NEWEST, BEFORE} & set(choices) else choices
     files = [folder / os.path.basename(n) for n in names if n not in (NONE, NEWEST, BEFORE)]
+    return _stamps(files)
+
+
+def measured() -> str:
+    """Changes when anything does that estimates are calibrated with: a saved run, or a file of `nibble profile`."""
+    folder = Path(folder_paths.get_output_directory()) / FOLDER
+    return _stamps([*(folder / name for name in saved()), *_calibrations()])
+
+
+def _stamps(files: list[Path]) -> str:
     return "|".join(f"{p.name}-{p.stat().st_mtime_ns}" if p.is_file() else f"{p.name}-missing" for p in files)
+
+
+def _calibrations() -> list[Path]:
+    folder = Path(folder_paths.get_output_directory()) / FOLDER
+    return sorted(folder.glob(f"*{CALIBRATION}")) if folder.is_dir() else []
 
 
 def calibrations() -> list[Constants]:
     """Rows that `nibble profile` wrote into output/nibble. Raises ValueError for a file that is not one."""
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
     rows: list[Constants] = []
-    for path in sorted(folder.glob(f"*{CALIBRATION}")) if folder.is_dir() else ():
+    for path in _calibrations():
         if path.stat().st_size > calibrate.MAX_BYTES:
             raise ValueError(f"{path.name}: it is larger than a calibration can be. Delete it or measure again")
         rows += calibrate.from_json(path.read_text(encoding="utf-8"), path.name)

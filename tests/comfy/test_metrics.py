@@ -126,6 +126,9 @@ def test_what_cannot_be_scored_is_said(server, sets, pictures):
     folder.mkdir(exist_ok=True)
     (folder / "x.safetensors").write_bytes(b"nonsense")
     assert "x.safetensors: not a whole safetensors file" in server.run(scored(folder="output/nibble_sets/odd")).error
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2, 3)}, folder / "x.safetensors")
+    error = server.run(scored(folder="output/nibble_sets/odd")).error
+    assert "x.safetensors: a features file holds one float matrix (pictures, features), not 2" in error
     (folder / "x.safetensors").unlink()
     assert "neither a picture nor a features file" in server.run(scored(folder="output/nibble_sets/odd")).error
     (folder / "y.png").write_bytes(b"nonsense")
@@ -156,6 +159,7 @@ def test_scores_through_comfyui_are_those_of_transformers(inside, tmp_path):
                          ("nan", "is not finite"), ("no_projection", "visual projection"),
                          ("other_width", "64 numbers and the picture features 48")):  # fmt: skip
         assert why in found[encoder] and "Load a whole CLIP model" in found[encoder], encoder
+    assert "this holds 2 CLIP text encoders" in found["two"] and "Load a whole CLIP model" in found["two"]
     assert found["missing"] == "is missing" and found["trained"] == ""
     assert "one line for all" in found["three_prompts"] and "nothing to score" in found["nothing"]
     assert "pictures" in found["both"] and "is not a folder below output" in found["outside"]

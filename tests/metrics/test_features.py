@@ -1,6 +1,7 @@
 """Feature measures against closed forms and torchmetrics (a test oracle only)."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -122,6 +123,22 @@ def test_lpips_says_which_part_is_missing(monkeypatch, tmp_path):
     installed = all(__import__("importlib").util.find_spec(n) for n in ("lpips", "torchvision"))
     expected = optional.ALEXNET if installed else "pip install"
     with pytest.raises(optional.Missing, match=expected):
+        optional.lpips([(picture, picture)])
+
+
+def test_a_library_that_does_not_load_is_left_out(monkeypatch, tmp_path):
+    """As torchvision made for another torch: the other measures must go on without it."""
+    for name in ("lpips", "torchvision"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / optional.ALEXNET).write_bytes(b"")
+    picture = np.zeros((32, 32, 3))
+    with pytest.raises(
+        optional.Missing, match=r"lpips does not load here \(operator torchvision::nms does not exist\)"
+    ):
         optional.lpips([(picture, picture)])
 
 

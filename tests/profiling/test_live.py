@@ -35,7 +35,7 @@ class Card:
         return self.peak
 
     def used(self):
-        return 10, 20
+        return 10, Peaks(process=9, host=20)
 
 
 @pytest.fixture
@@ -130,6 +130,18 @@ def test_peaks_go_to_the_nodes_that_ran(recorder):
     a, b = run(recorder, "a", "b").nodes
     assert a.peaks == Peaks(100, 200, 50, 7) and b.peaks == Peaks(allocated=10)
     assert recorder.probe.restarts == 4
+
+
+def test_the_driver_is_asked_while_a_node_runs(recorder):
+    """NVML keeps no peak: what it showed between a node's start and end counts to that node, and only to it."""
+    recorder.probe.peak = Peaks()
+    recorder.start("a")
+    recorder.sample()
+    recorder.finish("a")
+    recorder.start("b")
+    recorder.finish("b")
+    a, b = run(recorder, "a", "b").nodes
+    assert a.peaks == Peaks(process=9, host=20) and b.peaks == Peaks()
 
 
 def test_peaks_taken_by_a_model_are_not_lost(recorder):
@@ -235,6 +247,15 @@ def test_tables_say_what_the_run_holds(full):
     assert len(rows) == 3 and rows[2].split(",")[1] == "'=C"  # no formula for a spreadsheet
 
 
+def test_models_are_compared_with_the_largest(recorder):
+    """Whichever ran first."""
+    recorder.add(sampling(label="small", weight_bytes=25, evaluations=(1.0, 3.0)))
+    recorder.add(sampling(label="large", weight_bytes=100, evaluations=(1.0, 2.0)))
+    large, small = tables.models(run(recorder))[2:]
+    assert large.startswith("| large | 4-bit | 100 B | 1.00x |") and "| 2.00 s | 1.00x |" in large
+    assert small.startswith("| small | 4-bit | 25 B | 0.25x |") and "| 3.00 s | 1.50x |" in small
+
+
 def test_sizes_and_seconds_for_people():
     assert [tables.size(n) for n in (512, 3 * 2**20, 5 * 2**29)] == ["512 B", "3.0 MiB", "2.50 GiB"]
     assert [tables.seconds(t) for t in (0.00034, 0.0567, 1.234, 83)] == ["0.34 ms", "56.7 ms", "1.23 s", "83 s"]
@@ -245,4 +266,5 @@ def test_this_machine_can_be_asked():
     assert isinstance(here, HostProbe) and here.device.limit > here.read().host > 2**20
     ballast = bytearray(64 * 2**20)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    assert here.used()[1] > 32 * 2**20 and here.used()[0] == here.used()[1]
+    device, now = here.used()
+    assert device == now.host > 32 * 2**20 and now == Peaks(host=device)

@@ -7,6 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _start import args, torch
@@ -91,6 +92,9 @@ read = oracle.get_text_features(input_ids=tokens)
 seen, read = (torch.nn.functional.normalize(getattr(x, "pooler_output", x), dim=-1) for x in (seen, read))
 ours = scores.score(given(references=pictures.flip(0)))
 single = scores.score(given(prompts="fox"))
+pair = SimpleNamespace(
+    cond_stage_model=torch.nn.ModuleList([clip.cond_stage_model, text_encoder(None).cond_stage_model])
+)
 identity, wrong = torch.eye(WIDTH), torch.full((WIDTH, WIDTH), float("nan"))
 print(json.dumps({
     "clip_t": list(ours.each["CLIP-T"]), "clip_i": ours.overall["CLIP-I"], "kid": ours.overall["KID"],
@@ -101,6 +105,7 @@ print(json.dumps({
     "zeros": refusal(lambda: scores.score(given(clip=text_encoder(torch.zeros(WIDTH, WIDTH))))),
     "garbage": refusal(lambda: scores.score(given(clip=text_encoder(torch.full((WIDTH, WIDTH), 1e-20))))),
     "nan": refusal(lambda: scores.score(given(clip=text_encoder(wrong)))),
+    "two": refusal(lambda: encoders.projecting(pair)),
     "missing": encoders.wrong_with(None),
     "trained": encoders.wrong_with(weights["text_projection.weight"]),
     "no_projection": refusal(lambda: scores.score(given(vision=picture_encoder(project=False)))),
