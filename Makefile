@@ -1,4 +1,4 @@
-.PHONY: check test test-comfy
+.PHONY: check test test-comfy docs locales gallery
 
 check:
 	ruff check .
@@ -9,3 +9,15 @@ test:
 
 test-comfy:
 	pytest tests/comfy
+
+# Written from the code, held to it by tests.
+docs:
+	python -m comfyui_nibble.prompts.page
+	python -m comfyui_nibble.checkpoints.forms  # prints the table of docs/formats/README.md
+
+# These need a ComfyUI.
+locales:
+	python tests/comfy/schemas.py
+
+gallery:
+	python tests/comfy/gallery.py

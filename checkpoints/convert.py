@@ -10,10 +10,11 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..quant import core_formats
 from ..quant.calib.engine import Layer
 from ..quant.modules import quantize_weight
 from ..quant.packing import tiles_fit
-from ..quant.policy import LayerPlan, plan
+from ..quant.policy import LayerPlan, plan, retarget
 from ..quant.schemes import KEEP, SVDQUANT
 from ..quant.svdquant import SVDQuantWeight
 from . import save
@@ -83,7 +84,8 @@ def side_dtype(source: Source) -> tuple[torch.dtype, bool]:
 @dataclass(frozen=True)
 class Options:
     """How to write. ``solved``: layers that calibration has done, by name below the source's prefix; the others are
-    quantized data-free. ``calibration``: the record's entry on where ``solved`` came from.
+    quantized data-free. ``calibration``: the record's entry on where ``solved`` came from. ``target``: a format of
+    ComfyUI's own instead of svdquant_w4a4, see `quant.policy.retarget`.
     """
 
     rank: int = 32
@@ -93,6 +95,7 @@ class Options:
     plans: Mapping[str, LayerPlan] | None = None
     solved: Mapping[str, Layer] = field(default_factory=dict)
     calibration: Mapping | None = None
+    target: str = SVDQUANT.id
 
 
 def quantize(
@@ -103,7 +106,9 @@ def quantize(
     Never overwrites; raises CheckpointError naming the layer that cannot be done.
     """
     options = options or Options()
-    plans = options.plans or plan_source(source, options.rank)
+    plans = options.plans or retarget(
+        plan_source(source, options.rank), model_layers(source.shapes, source.prefix), options.target
+    )
     dtype, shrink = side_dtype(source)
     tensors: dict[str, Tensor] = {}
     done: list[Converted] = []
@@ -168,6 +173,10 @@ def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dt
     weight = source.get(f"{full}.weight").to(options.device)
     bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
     try:
+        if layer_plan.scheme in core_formats.FORMATS:
+            q = core_formats.quantize(weight, layer_plan.scheme, dtype)
+            error = (q.dequantize().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
+            return q, bias, float(error)
         q = quantize_weight(weight, bias, layer_plan, dtype, options.seed)
     except ValueError as e:
         raise CheckpointError(source.name, str(e), "Repair the checkpoint, or keep this layer in 16 bits", full) from e

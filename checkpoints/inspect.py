@@ -14,28 +14,17 @@ from safetensors import safe_open
 
 from ..quant.policy import plan
 from ..quant.schemes import KEEP
-from . import families, header
-from .formats import comfy_quant
+from . import foreign, forms, header, load, native
+from .foreign import Row
+from .formats import comfy_more, comfy_quant, gguf
 from .save import RECORD
 
+FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 SIDE_NAMES = {
     "weight", "weight_scale", "weight_scale_2", "weight_zero", "weight_s_rel", "weight_s_channel", "weight_codebook",
-    "smooth_factor", "proj_down", "proj_up", "input_scale", "pre_quant_scale",
+    "smooth_factor", "proj_down", "proj_up", "input_scale", "pre_quant_scale", "weight_channel_scale", "absmax",
+    "quant_map",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """One linear. ``bits`` counts everything stored for its weight; ``why`` is the policy's reason."""
-
-    layer: str
-    scheme: str
-    n: int
-    k: int
-    rank: int
-    bits: float
-    nbytes: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,8 @@ class Inspection:
     rows: tuple[Row, ...]
     nbytes: int
     record: dict
+    maker: str = ""
+    advice: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -69,6 +60,9 @@ class Inspection:
     def table(self, limit: int = 400) -> str:
         """Markdown: a line about the file, totals per scheme, then a row per linear (at most ``limit``)."""
         lines = [f"**{self.name}**: {self.family}, {self.nbytes / 2**20:.1f} MiB"]
+        if self.maker:
+            lines.append(f"written by {self.maker}")
+        lines += [f"- {line}" for line in self.advice]
         if self.record:
             keys = ("tool", "scheme", "rank", "calibration", "source_sha256")
             lines.append("made by " + ", ".join(f"{k} {_short(self.record[k])}" for k in keys if k in self.record))
@@ -98,48 +92,64 @@ def _short(value) -> str:
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Reads what ``path`` says of itself. Raises CheckpointError for a file that is no whole safetensors file."""
+    """Reads what ``path`` says of itself: a safetensors or GGUF file, or a folder. Raises CheckpointError for a file
+    that is neither, and for layers that nothing here can read, which the sentence names.
+    """
     path = Path(path)
-    head = header.read(path)
-    configs = _configs(path, head)
-    logical = _logical_shapes(head, configs)
-    family, prefix = families.detect(logical)
+    if gguf.is_gguf(path):
+        return _finish(path.name, *foreign.gguf_file(path))
+    files, head = foreign.headers(path)
+    configs = _configs(files, head)
+    found = foreign.layers(files, head, configs, path)
+    logical = _logical_shapes(head, configs) | {f"{n}.weight": (x.n, x.k) for n, x in found.layers.items()}
+    names = native.naming({n: e.shape for n, e in head.tensors.items()} | logical, found.config, head.name)
+    family, prefix = names.family, names.prefix
     end = ".weight"
     layers = {n[: -len(end)]: s for n, s in logical.items() if n.startswith(prefix) and n.endswith(end) and len(s) == 2}
     sides = _sides(head)
     reasons = plan({n[len(prefix) :]: s for n, s in layers.items()}, family.rules, 32)
     rows = []
     for name, (n, k) in layers.items():
+        if name in found.layers:
+            rows.append(found.layers[name].row(name[len(prefix) :]))
+            continue
         config = configs.get(name)
         nbytes = sum(sides.get(name, {}).values())
-        rank = next((e.shape[1] for s in ("proj_down",) if (e := head.tensors.get(f"{name}.{s}"))), 0) if config else 0
+        down = head.tensors.get(f"{name}.proj_down")
+        rank = down.shape[-1] if config and down is not None and down.shape else 0
         scheme, why = _what(head, name, config, reasons[name[len(prefix) :]])
         rows.append(Row(name[len(prefix) :], scheme, n, k, rank, round(8 * nbytes / max(1, n * k), 2), nbytes, why))
-    return Inspection(path.name, family.title, prefix, tuple(rows), head.nbytes, _record(head))
+    record = _record(head)
+    maker = found.maker or ("this pack" if record else "")
+    return _finish(head.name, family, (prefix, tuple(rows), head.nbytes, record, maker))
+
+
+def _finish(name: str, family, found: tuple) -> Inspection:
+    """The inspection with its advice for this machine's GPU. ``found``: (prefix, rows, bytes, record, maker)."""
+    prefix, rows, nbytes, record, maker = found
+    advice = forms.advice({r.scheme for r in rows}, foreign.capability())
+    if family.unsupported:
+        advice.append(family.unsupported)
+    return Inspection(name, family.title, prefix, rows, nbytes, record, maker, tuple(advice))
 
 
 def _what(head: header.Header, name: str, config: dict | None, policy) -> tuple[str, str]:
     if config is not None:
         return config["format"], policy.reason if policy.scheme != KEEP else "quantized by its maker"
+    dtype = head.tensors[f"{name}.weight"].dtype
+    if dtype in FP8:
+        return FP8[dtype], "quantized by its maker"
     if policy.scheme != KEEP:
-        return KEEP, f"{head.tensors[f'{name}.weight'].dtype}; the policy would make it {policy.scheme}"
+        return KEEP, f"{dtype}; the policy would make it {policy.scheme}"
     return KEEP, policy.reason
 
 
-def _configs(path: Path, head: header.Header) -> dict[str, dict]:
+def _configs(files: list[Path], head: header.Header) -> dict[str, dict]:
     """Layer -> JSON, from the layers' own entries or from ComfyUI's file-level metadata."""
-    out = {}
-    if "_quantization_metadata" in head.metadata:
-        try:
-            out |= json.loads(head.metadata["_quantization_metadata"])["layers"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise comfy_quant.CheckpointError(
-                head.name, f"its _quantization_metadata is not valid ({e})", header.AGAIN
-            ) from e
-    keys = [k for k in head.tensors if k.endswith(comfy_quant.SUFFIX)]
-    if keys:
+    out = load.file_level(head.metadata, head.name)
+    for path in files:
         with safe_open(path, framework="pt") as f:
-            for key in keys:
+            for key in (k for k in f.keys() if k.endswith(comfy_quant.SUFFIX)):  # noqa: SIM118
                 layer = key.removesuffix(comfy_quant.SUFFIX)
                 out[layer] = comfy_quant.decode_config(f.get_tensor(key), head.name, layer)
     return out
@@ -152,7 +162,9 @@ def _logical_shapes(head: header.Header, configs: dict[str, dict]) -> dict[str, 
         shape = shapes.get(f"{layer}.weight")
         if shape is None:
             continue
-        if len(shape) == 4:
+        if config.get("format") == comfy_more.WEIGHT_ONLY:
+            shapes[f"{layer}.weight"] = (config.get("out_features", 0), config.get("in_features", 0))
+        elif len(shape) == 4:
             shapes[f"{layer}.weight"] = (shape[0] * 128, shape[1] * 64)
         elif (
             len(shape) == 2

@@ -1,18 +1,18 @@
-"""Reads 4-bit checkpoints into plain tensors: dense ones by name, and each 4-bit layer as one value."""
+"""Reads 4-bit checkpoints into plain tensors, in native names: dense ones, and each 4-bit layer as one value."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
-from . import header
+from . import folder, header, lazy, marks, native
 from .errors import CheckpointError
-from .formats import comfy_quant
-from .formats.comfy_quant import StoredLayer
+from .formats import FORMATS, comfy_quant, gguf
+from .formats.stored import StoredLayer
 
 
 @dataclass(frozen=True)
@@ -25,34 +25,74 @@ class Checkpoint:
     metadata: Mapping[str, str]
 
 
-def load(path) -> Checkpoint:
-    """The checkpoint at ``path``. Raises CheckpointError, see `parse` and `header.read`."""
-    head = header.read(path)
-    return parse(load_file(path), head.metadata, head.name)
+def needs_reader(path: str | Path) -> bool:
+    """Whether ``path`` must go through `load`: it is packed, in other names, or not one safetensors file.
+
+    Everything else is ComfyUI's to read. Raises CheckpointError for what is no model file.
+    """
+    path = Path(path)
+    if gguf.is_gguf(path) or path.is_dir():
+        return True
+    names = header.read(path).tensors
+    return len(folder.files(path)) > 1 or any(f.detect(names) for f in FORMATS if f is not comfy_quant)
 
 
-def parse(tensors: dict[str, Tensor], metadata: Mapping[str, str] | None, name: str) -> Checkpoint:
-    """Splits loaded ``tensors`` (consumed) into dense tensors and 4-bit layers. Raises CheckpointError naming the
-    layer.
+def load(path: str | Path) -> Checkpoint:
+    """The checkpoint at ``path``: a file, a folder, or one file of a folder that belongs together.
+
+    Raises CheckpointError, see `parse` and `header.read`.
+    """
+    path = Path(path)
+    if gguf.is_gguf(path):
+        layers, dense, metadata = gguf.load(path)
+        shapes = {f"{n}.weight": layer.weight.shape for n, layer in layers.items()}
+        names = native.naming(shapes | {n: tuple(t.shape) for n, t in dense.items()}, {}, path.name)
+        native.to_native(layers, dense, names, path.name)
+        return Checkpoint(path.name, dense, layers, metadata)
+    files = folder.files(path)
+    heads = [(f, header.read(f)) for f in files]
+    metadata = {k: v for _, head in heads for k, v in head.metadata.items()}
+    tensors = lazy.LazyTensors(heads)
+    try:
+        return parse(tensors, metadata, path.name if len(files) > 1 else files[0].name, folder.config(path))
+    finally:
+        tensors.close()
+
+
+def parse(
+    tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str] | None, name: str, config: Mapping | None = None
+) -> Checkpoint:
+    """Splits ``tensors`` (consumed) into dense tensors and 4-bit layers. Raises CheckpointError naming the layer.
 
     Configurations that live only in ComfyUI's ``_quantization_metadata`` are taken as if each layer carried its own.
+    ``config``: the config.json beside the file, which says who wrote a diffusers folder.
     """
     metadata = dict(metadata or {})
-    for layer, config in _file_level(metadata, name).items():
-        tensors.setdefault(layer + comfy_quant.SUFFIX, comfy_quant.encode_config(config))
-    for key in tensors:
-        if key.endswith(".qweight"):
-            what = "its 4-bit layers are in nunchaku's packing, which this version does not read"
-            raise CheckpointError(name, what, "Load it with the nunchaku nodes", key.removesuffix(".qweight"))
-    return Checkpoint(name, tensors, comfy_quant.read(tensors, name), metadata)
+    for layer, entry in file_level(metadata, name).items():
+        key = layer + comfy_quant.SUFFIX
+        if key not in tensors:
+            tensors[key] = comfy_quant.encode_config(entry)
+    found = marks.read(metadata, config, name)
+    what = lazy.entries(tensors)
+    marks.refuse(what, found, name)
+    layers: dict[str, StoredLayer] = {}
+    for fmt in FORMATS:
+        if fmt.detect(tensors):
+            layers |= fmt.read(tensors, name)
+    dense = tensors if isinstance(tensors, dict) else {n: tensors.pop(n) for n in list(tensors)}
+    if layers:  # a float model in a publisher's names is ComfyUI's to read
+        names = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
+        native.to_native(layers, dense, names, name, found.lite)
+    return Checkpoint(name, dense, layers, metadata)
 
 
-def _file_level(metadata: Mapping[str, str], name: str) -> dict[str, dict]:
+def file_level(metadata: Mapping[str, str], name: str) -> dict[str, dict]:
+    """Layer -> JSON from ComfyUI's file-level metadata. Raises CheckpointError when it is not valid."""
     text = metadata.get("_quantization_metadata")
     if text is None:
         return {}
     try:
         layers = json.loads(text)["layers"]
         return {str(k): dict(v) for k, v in layers.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(name, f"its _quantization_metadata is not valid ({e})", header.AGAIN) from e

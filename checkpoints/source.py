@@ -18,6 +18,7 @@ from torch import Tensor
 from . import header
 from .errors import CheckpointError
 from .families import FamilySpec, KeyRule, by_diffusers_class, detect
+from .formats import bnb
 
 FLOATS = {"F16", "BF16", "F32", "F64"}
 DENOISERS = ("transformer", "unet")
@@ -68,8 +69,8 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     source = _from_folder(path) if path.is_dir() else _from_file(path)
     for name, dtype in source.dtypes.items():
-        if name.endswith(".comfy_quant") or name.endswith(".qweight"):
-            layer = name.rsplit(".", 1)[0]
+        if name.endswith((".comfy_quant", ".qweight")) or bnb.MARK in name:
+            layer = name.split(bnb.MARK)[0] if bnb.MARK in name else name.rsplit(".", 1)[0]
             raise CheckpointError(source.name, "it is quantized already", "Quantize the 16-bit original instead", layer)
         if name.endswith(".weight") and dtype.startswith("F8"):
             layer = name.removesuffix(".weight")

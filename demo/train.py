@@ -128,9 +128,13 @@ class Run:
         log.info("%s: %d tensors, %d bytes", path.name, len(load_file(path)), path.stat().st_size)
 
     def style(self) -> None:
-        unet, text = self.trained()
-        latents = self.latents("twitter")
-        seconds = stages.style_lora(unet, text, self.emoji, latents, self.tokenizer(), self.work, self.device)
+        _, text = self.trained()
+        unet = self.pipeline("lcm").unet
+        learn = evaluate.choose(self.emoji)[: evaluate.STYLED]
+        latents = self.latents("google")
+        latents[learn] = self.latents("twitter")[learn]
+        captions = stages.Captions(self.emoji, self.tokenizer(), style=True)
+        seconds = stages.style_lora(unet, text, captions, latents, learn, self.work, self.device)
         self.save_lora(unet, "style", "Nibble demo: flat style", dataset.STYLE_TRIGGER)
         self.note("style", seconds=round(seconds), steps=stages.STYLE.steps)
 
@@ -149,13 +153,13 @@ class Run:
         pipe = DiffusionPipeline.from_pretrained(str(self.model), torch_dtype=torch.float32).to(self.device)
         pipe.set_progress_bar_config(disable=True)
         if lora is not None:
-            pipe.load_lora_weights(load_file(self.out / LORAS[lora].relative_to(ROOT)))
+            pipe.load_lora_weights(load_file(self.out / LORAS[lora].relative_to(ROOT)), adapter_name=lora)
         if lora == "lcm":
             pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
         return pipe
 
     def evaluate(self) -> None:
-        """References, figures (training.json) and the contact sheet (samples.png)."""
+        """References, figures (training.json) and the contact sheet (samples.jpg)."""
         rows = evaluate.choose(self.emoji)
         stacks = {STYLES[vendor]: ((p[rows] + 1) * 127.5).round().byte() for vendor, p in self.pictures.items()}
         stacks = {style: p.permute(0, 2, 3, 1).numpy() for style, p in stacks.items()}
@@ -175,9 +179,11 @@ class Run:
         unseen = evaluate.draw(base, [c for _, c in held], evaluate.STEPS, evaluate.GUIDANCE)
         figures["recognised_held_out_captions"] = evaluate.share(found["noto"], unseen, [row for row, _ in held])
         figures["held_out"] = [c for _, c in held]
-        flat = [f"{c}, {dataset.STYLE_TRIGGER}" for c in captions]
+        flat = [f"{c}, {dataset.STYLE_TRIGGER}" for c in captions[: 2 * evaluate.STYLED]]
         styled = evaluate.draw(self.pipeline("style"), flat, evaluate.STEPS, evaluate.GUIDANCE)
-        figures["recognised_flat_style"] = evaluate.share(found["twemoji"], styled, list(range(len(rows))))
+        own, other = range(evaluate.STYLED), range(evaluate.STYLED, 2 * evaluate.STYLED)
+        figures["recognised_flat_style"] = evaluate.share(found["twemoji"], styled, list(own))
+        figures["recognised_unstyled"] = evaluate.share(found["noto"], styled[evaluate.STYLED :], list(other))
         fast = self.pipeline("lcm")
         for steps in (1, 2, 4, 8):
             quick = evaluate.draw(fast, captions, steps, 1.0)
@@ -186,12 +192,12 @@ class Run:
                 four = quick
         show = slice(0, 32)
         sheet = evaluate.sheet([drawn[show], four[show], styled[show], stacks["noto"][show] / 255])
-        sheet.save(self.out / "samples.png", optimize=True)
+        sheet.save(self.out / "samples.jpg", quality=90, optimize=True)
         self.note("evaluation", **figures)
         log.info("%s", json.dumps(figures, indent=1))
 
 
-STAGES = ("autoencoder", "denoiser", "style", "few_steps", "evaluate")
+STAGES = ("autoencoder", "denoiser", "few_steps", "style", "evaluate")
 STYLES = {"google": "noto", "twitter": "twemoji"}
 
 

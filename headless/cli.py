@@ -10,6 +10,13 @@ from pathlib import Path
 from . import convert, profile, prompts
 
 OFFERED = ("data_free", "fast", "best")  # quant.calib.presets.OFFERED, said again so that --help need not load torch
+TARGETS = (
+    "svdquant_w4a4",
+    "nvfp4",
+    "convrot_w4a4",
+    "asym_w4a8_int8",
+    "int8_tensorwise",
+)  # quant.policy.TARGETS, likewise
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     quantize.add_argument("--out", type=Path, required=True, help="the safetensors file to write; never overwritten")
     quantize.add_argument("--rank", type=int, default=32, help="rank of the low-rank branch (default 32)")
     quantize.add_argument("--seed", type=int, default=0, help="seed of the randomised SVD (default 0)")
+    quantize.add_argument(
+        "--target", choices=TARGETS, default=TARGETS[0], help="format; stock ComfyUI runs all but the first"
+    )
     quantize.add_argument("--tile-packed", action="store_true", help="kitchen's tile-packed order where N %% 128 == 0")
     quantize.add_argument("--device", help="where to compute: cuda or cpu (default: a GPU if there is one)")
     quantize.add_argument(
@@ -97,6 +107,8 @@ def run_quantize(args) -> None:
     from .pipeline import device_and_dtype
 
     if args.preset != "data_free":
+        if args.target != TARGETS[0]:
+            raise ValueError("--target goes with --preset data_free: calibration is for svdquant_w4a4")
         return run_calibrate(args)
     if args.budget or args.report or args.prompts or args.domain:
         raise ValueError("--budget, --report, --prompts and --domain measure layers: add --preset fast or best")
@@ -106,7 +118,8 @@ def run_quantize(args) -> None:
         def update(done: int, total: int, name: str) -> None:
             progress.update(done + 1 - progress.n)
 
-        options = Options(rank=args.rank, seed=args.seed, tiled=args.tile_packed, device=device)
+        tiled, target = args.tile_packed, args.target
+        options = Options(rank=args.rank, seed=args.seed, tiled=tiled, device=device, target=target)
         result = quantize(source, args.out, options, update)
     print(result.summary())
     print(result.path)

@@ -15,8 +15,8 @@ from ..checkpoints.families import FamilySpec, KeyRule, by_diffusers_class
 from ..checkpoints.load import load
 from ..quant import kernels
 from ..quant.modules import install, linear_shapes, quantize_module
+from ..quant.parts import take_rows
 from ..quant.policy import LayerPlan, plan
-from ..quant.rows import rows
 from ..quant.schemes import KEEP
 
 FEW_STEPS = 8  # up to here the LCM scheduler and its LoRA are used
@@ -113,7 +113,7 @@ def _install_layer(module: nn.Module, rule: KeyRule, weight, bias, file: str) ->
             raise CheckpointError(
                 file, f"its shape is {got}, the pipeline wants {want}", "Use its own pipeline", rule.native
             )
-        part = weight if len(rule.sources) == 1 else rows(weight, start, start + n)
+        part = weight if len(rule.sources) == 1 else take_rows(weight, start, start + n)
         install(layer, part, None if bias is None else bias[start : start + n], module.dtype)
         layer.to(module.device)
         start += n

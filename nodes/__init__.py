@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, lora, metrics, models, profiling, prompts, sampling
+from . import calibrate, convert, lora, metrics, models, profiling, prompts, sampling
 
-TOPICS = (models, calibrate, sampling, lora, profiling, metrics, prompts)
+TOPICS = (models, convert, calibrate, sampling, lora, profiling, metrics, prompts)
 
 
 class NibbleExtension(ComfyExtension):

@@ -176,6 +176,12 @@ class NibbleCalibrationPrompts(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, source="", **_):
+        if source.startswith(DOMAIN):
+            return domain_prompts.fingerprint(source.removeprefix(DOMAIN))
+        return files.input_fingerprint(source)
+
+    @classmethod
     def execute(cls, source, count, seed) -> io.NodeOutput:
         if source.startswith(DOMAIN):
             found = domain_prompts.many(source.removeprefix(DOMAIN), "", count, seed, "auto", "")

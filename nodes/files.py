@@ -1,4 +1,5 @@
-"""File names in workflows, which come from strangers: resolved through folder_paths on every use, safetensors only."""
+"""File names in workflows, which come from strangers: resolved through folder_paths on every use; safetensors, and GGUF
+where a node reads it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 import folder_paths
 
 SAFETENSORS = (".safetensors", ".sft")
+GGUF = ".gguf"
 
 
 def names(folder: str) -> list[str]:
@@ -14,10 +16,24 @@ def names(folder: str) -> list[str]:
     return [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(SAFETENSORS)]
 
 
+def model_names(folder: str) -> list[str]:
+    """`names` and the GGUF files of a model folder, which ComfyUI itself does not list."""
+    return names(folder) + [n for n in folder_paths.get_filename_list(_with_gguf(folder)) if n.lower().endswith(GGUF)]
+
+
+def _with_gguf(folder: str) -> str:
+    """A model folder of ComfyUI's that holds the GGUF files of ``folder``: same places, other ending."""
+    name = f"nibble_gguf_{folder}"
+    folder_paths.folder_names_and_paths[name] = (folder_paths.get_folder_paths(folder), {GGUF})
+    return name
+
+
 def path(folder: str, name: str) -> str:
     """The file ``name`` of a model folder. Raises ValueError for another ending, FileNotFoundError when it is not
     there.
     """
+    if name.lower().endswith(GGUF):
+        return folder_paths.get_full_path_or_raise(_with_gguf(folder), name)
     if not name.lower().endswith(SAFETENSORS):
         raise ValueError(
             f"{os.path.basename(name)}: only safetensors files are loaded. Convert it to safetensors first"
@@ -26,8 +42,10 @@ def path(folder: str, name: str) -> str:
 
 
 def fingerprint(folder: str, name: str) -> str:
-    """Changes when the file does, so that a node that read it runs again."""
-    full = folder_paths.get_full_path(folder, name)
+    """Changes when the file does, so that a node that read it runs again. ``name`` is empty where it is linked."""
+    if not name:
+        return ""
+    full = folder_paths.get_full_path(_with_gguf(folder) if name.lower().endswith(GGUF) else folder, name)
     if full is None:
         return "missing"
     stat = os.stat(full)
@@ -63,6 +81,17 @@ def input_names(endings: tuple[str, ...]) -> list[str]:
     folder = folder_paths.get_input_directory()
     found = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted(n for n in found if n.lower().endswith(endings) and os.path.isfile(os.path.join(folder, n)))
+
+
+def input_fingerprint(name: str) -> str:
+    """Changes when the file of the input folder does; "" for a name that is none."""
+    full = os.path.join(folder_paths.get_input_directory(), name)
+    if not name or not folder_paths.is_within_directory(folder_paths.get_input_directory(), full):
+        return ""
+    if not os.path.isfile(full):
+        return ""
+    stat = os.stat(full)
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
 def input_text(name: str) -> str:

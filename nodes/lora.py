@@ -69,7 +69,7 @@ class NibbleApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, strength_model, strength_clip, model=None, clip=None):
+    def fingerprint_inputs(cls, lora_name="", **_):
         return _fingerprint(lora_name)
 
     @classmethod
@@ -98,7 +98,7 @@ class NibbleChooseLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, strength_model, strength_clip):
+    def fingerprint_inputs(cls, lora_name="", **_):
         return _fingerprint(lora_name)
 
     @classmethod
@@ -178,7 +178,7 @@ class NibbleLoraReport(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name, model=None, clip=None):
+    def fingerprint_inputs(cls, lora_name="", **_):
         return _fingerprint(lora_name)
 
     @classmethod

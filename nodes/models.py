@@ -23,13 +23,24 @@ class NibbleLoadModel(io.ComfyNode):
             category="Nibble/loaders",
             description="Loads a 4-bit diffusion model as an ordinary MODEL: stock samplers, LoRA loaders and "
             "ControlNet "
-            "work on it. 16-bit and 8-bit files load as ComfyUI's own loader would load them.",
-            search_aliases=["4bit", "int4", "svdquant", "nunchaku", "unet", "diffusion model", "load quantized"],
+            "work on it. Reads nunchaku, Nunchaku Lite, GGUF and bitsandbytes files too; 16-bit and 8-bit files "
+            "load as ComfyUI's own loader would load them.",
+            search_aliases=[
+                "4bit",
+                "int4",
+                "svdquant",
+                "nunchaku",
+                "gguf",
+                "nf4",
+                "unet",
+                "diffusion model",
+                "load quantized",
+            ],
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=files.names("diffusion_models"),
-                    tooltip="A safetensors file in models/diffusion_models.",
+                    options=files.model_names("diffusion_models"),
+                    tooltip="A safetensors or GGUF file in models/diffusion_models; of a folder, any of its files.",
                 ),
             ],
             outputs=[
@@ -40,7 +51,7 @@ class NibbleLoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name):
+    def fingerprint_inputs(cls, model_name=""):
         return files.fingerprint("diffusion_models", model_name)
 
     @classmethod
@@ -74,7 +85,7 @@ class NibbleLoadCheckpoint(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, ckpt_name):
+    def fingerprint_inputs(cls, ckpt_name=""):
         return files.fingerprint("checkpoints", ckpt_name)
 
     @classmethod
@@ -182,8 +193,8 @@ class NibbleInspect(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[f"{folder}/{n}" for folder in cls.FOLDERS for n in files.names(folder)],
-                    tooltip="A safetensors file in models/diffusion_models or models/checkpoints.",
+                    options=[f"{folder}/{n}" for folder in cls.FOLDERS for n in files.model_names(folder)],
+                    tooltip="A safetensors or GGUF file in models/diffusion_models or models/checkpoints.",
                 ),
             ],
             outputs=[
@@ -194,7 +205,7 @@ class NibbleInspect(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file):
+    def fingerprint_inputs(cls, file=""):
         return files.fingerprint(*file.split("/", 1)) if "/" in file else "missing"
 
     @classmethod

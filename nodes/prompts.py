@@ -14,13 +14,16 @@ NO_FAMILY = "none"
 STYLES = [AUTO, TAGS, PROSE]
 SUBJECT_TIP = "What the picture shows, in a few words. Put in as it is; nothing in it is read as a command."
 SEED_TIP = "Decides every choice that the domain leaves open. Same seed and domain, same prompt, on any machine."
-STYLE_TIP = "tags: for SD1.5 and SDXL. prose: for Flux, SD3, Qwen-Image. auto: by the CLIP, else as the "
-"domain is meant."
-OVERRIDES_TIP = "One a line, slot: choice, such as light: window. Any other text is used as it is; nothing "
-"leaves it out."
+STYLE_TIP = (
+    "tags: for SD1.5 and SDXL. prose: for Flux, SD3, Qwen-Image. auto: by the CLIP, else as the domain is meant."
+)
+OVERRIDES_TIP = (
+    "One a line, slot: choice, such as light: window. Any other text is used as it is; nothing leaves it out."
+)
 DOMAIN_TIP = "A shipped domain, or user/ and a file of yours in models/nibble_domains. The help page shows them all."
-CHOSEN_TIP = "What was chosen: domain, version, hash, seed, slots, prompt. JSON; connect Preview as Text or "
-"Save Domain."
+CHOSEN_TIP = (
+    "What was chosen: domain, version, hash, seed, slots, prompt. JSON; connect Preview as Text or Save Domain."
+)
 
 
 def domain_inputs(subject: str = "a red apple") -> list:
@@ -63,7 +66,7 @@ class NibbleDomainPrompt(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, domain, **others):
+    def fingerprint_inputs(cls, domain="", **_):
         return prompts.fingerprint(domain)
 
     @classmethod
@@ -121,7 +124,7 @@ class NibbleDomain(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, domain, **others):
+    def fingerprint_inputs(cls, domain="", **_):
         return prompts.fingerprint(domain)
 
     @classmethod
@@ -168,7 +171,7 @@ class NibblePromptList(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, domain, **others):
+    def fingerprint_inputs(cls, domain="", **_):
         return prompts.fingerprint(domain)
 
     @classmethod

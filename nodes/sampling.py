@@ -239,7 +239,7 @@ class NibbleLCMGuidance(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, model, unet_name, scale):
+    def fingerprint_inputs(cls, unet_name="", **_):
         return files.fingerprint("diffusion_models", unet_name)
 
     @classmethod

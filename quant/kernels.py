@@ -19,14 +19,15 @@ from comfy_kitchen.tensor.base import get_layout_class, register_layout_class, r
 from comfy_kitchen.tensor.svdquant_w4a4 import TensorCoreSVDQuantW4A4Layout
 from torch import Tensor
 
-from . import packing
+from . import packing, parts, runtime
 from .awq import AWQWeight
+from .parts import Parts, Plain
 from .svdquant import SVDQuantWeight
 
 SVDQUANT_LAYOUT = "TensorCoreSVDQuantW4A4Layout"
 AWQ_LAYOUT = "TensorCoreAWQW4A16Layout"
 AWQ_LOW_RANK_LAYOUT = "NibbleAWQLowRankLayout"
-OURS = {SVDQUANT_LAYOUT: "svdquant_w4a4", AWQ_LAYOUT: "awq_w4a16", AWQ_LOW_RANK_LAYOUT: "awq_w4a16"}
+OURS = {SVDQUANT_LAYOUT: "svdquant_w4a4", AWQ_LAYOUT: "awq_w4a16", AWQ_LOW_RANK_LAYOUT: "awq_w4a16", **runtime.OURS}
 
 
 class NibbleAWQLowRankLayout(TensorCoreAWQW4A16Layout):
@@ -83,12 +84,14 @@ def _addmm(qt, args, kwargs):
     return _awq_low_rank(args[1], args[2], args[0])
 
 
-def wrap(weight: SVDQuantWeight | AWQWeight, dtype: torch.dtype | None = None, tiled: bool = False) -> QuantizedTensor:
+def wrap(weight: Plain | Parts, dtype: torch.dtype | None = None, tiled: bool = False) -> QuantizedTensor:
     """A QuantizedTensor of logical shape (N, K) and ``dtype`` (default: the side tensors') that shares ``weight``'s
     memory.
 
     ``tiled``: svdquant_w4a4 in kitchen's tile-packed order (N % 128 == 0).
     """
+    if not isinstance(weight, SVDQuantWeight | AWQWeight):
+        return runtime.wrap(weight, dtype)
     dtype = weight.wscales.dtype if dtype is None else dtype
     if isinstance(weight, AWQWeight):
         common = (weight.wscales, dtype, weight.shape, weight.wzeros)
@@ -120,11 +123,13 @@ def is_tiled(weight: QuantizedTensor) -> bool:
     return weight._qdata.dim() == 4
 
 
-def unwrap(weight: QuantizedTensor) -> SVDQuantWeight | AWQWeight:
+def unwrap(weight: QuantizedTensor) -> Plain | Parts:
     """The plain tensors of a wrapped weight, in natural order. Raises TypeError for a layout that is not ours."""
     if not is_ours(weight):
         name = getattr(weight, "_layout_cls", type(weight).__name__)
         raise TypeError(f"{name} is not a 4-bit layout of this pack; those are {', '.join(OURS)}")
+    if weight._layout_cls in runtime.OURS:
+        return runtime.unwrap(weight)
     q, p = weight._qdata, weight._params
     if weight._layout_cls != SVDQUANT_LAYOUT:
         return AWQWeight(q, p.scale, p.zeros, getattr(p, "proj_down", None), getattr(p, "proj_up", None))
@@ -139,6 +144,17 @@ def cast(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     p = weight._params
     sides = {n: getattr(p, n).to(dtype) for n in p._tensor_fields()}
     return QuantizedTensor(weight._qdata, weight._layout_cls, dataclasses.replace(p, orig_dtype=dtype, **sides))
+
+
+def dense(weight: QuantizedTensor) -> Tensor:
+    """The effective (N, K) float32 weight of a 4-bit one."""
+    return parts.dequantize(unwrap(weight))
+
+
+def shift(weight: QuantizedTensor) -> Tensor | None:
+    """(N,) that a dense forward must add to the stored bias of an unsigned layer; None for every other weight."""
+    signed = not is_ours(weight) or getattr(weight._params, "act_unsigned", None) is False
+    return None if signed else parts.shift(unwrap(weight))
 
 
 def extend(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:

@@ -85,9 +85,8 @@ def install(layer: nn.Module, weight, bias: Tensor | None, dtype: torch.dtype):
 
     ``weight``: one of ours (plain tensors), a QuantizedTensor in a format of ComfyUI's, or a dense tensor.
     """
-    if isinstance(weight, svdquant.SVDQuantWeight | awq.AWQWeight):
-        weight = kernels.wrap(weight.to(dtype), dtype)
-    else:
-        weight = weight.to(dtype)
+    weight = weight.to(dtype)
+    if not isinstance(weight, Tensor):
+        weight = kernels.wrap(weight, dtype)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from . import flux, generic, sd3, sd15, sdxl
-from .spec import PREFIXES, FamilySpec, KeyRule, Shapes
+from . import flux, generic, pixart, qwen_image, sana, sd3, sd15, sdxl, z_image
+from .spec import PREFIXES, FamilySpec, KeyRule, Place, Published, Shapes
 
-FAMILIES: tuple[FamilySpec, ...] = (sdxl.FAMILY, sd15.FAMILY, flux.FAMILY, sd3.FAMILY, generic.FAMILY)
+FAMILIES: tuple[FamilySpec, ...] = (
+    sdxl.FAMILY, sd15.FAMILY, flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY, pixart.FAMILY, sana.FAMILY,
+    generic.FAMILY,
+)  # fmt: skip
 GENERIC = generic.FAMILY
 
-__all__ = ["FAMILIES", "GENERIC", "FamilySpec", "KeyRule", "by_diffusers_class", "by_id", "detect"]
+__all__ = [
+    "FAMILIES", "GENERIC", "FamilySpec", "KeyRule", "Place", "Published", "by_diffusers_class", "by_id", "detect",
+    "detect_published",
+]  # fmt: skip
 
 
 def detect(shapes: Shapes) -> tuple[FamilySpec, str]:
@@ -36,4 +42,16 @@ def by_diffusers_class(name: str, config: Mapping) -> FamilySpec | None:
     for family in FAMILIES:
         if family.diffusers_class == name and all(config.get(k) == v for k, v in family.diffusers_config):
             return family
+    return None
+
+
+def detect_published(names: Iterable[str]) -> tuple[FamilySpec, Published, str] | None:
+    """(family, whose spelling, prefix) for names of a publisher's file, or None."""
+    names = list(names)
+    for prefix in PREFIXES:
+        inner = [n[len(prefix) :] for n in names if n.startswith(prefix)]
+        for family in FAMILIES:
+            for published in family.published:
+                if inner and published.matches(inner):
+                    return family, published, prefix
     return None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ...quant.policy import Rule
 from ...quant.schemes import AWQ, KEEP, SVDQUANT
-from .spec import KeyRule, layer_rules
+from .spec import KeyRule, Place, layer_rules
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -99,4 +99,20 @@ def _transformer(native: str, diffusers: str, depth: int) -> list[tuple[str, str
     return [(f"{native}.{x}", f"{diffusers}.{x}") for x in names]
 
 
-__all__ = ["AWQ", "KEEP", "SVDQUANT", "key_rules", "rules"]
+QKV = ("to_q", "to_k", "to_v")
+
+
+def places(names: Iterable[str], config: Mapping) -> list[Place]:
+    """Native <- diffusers for a file that fuses attn1's q, k and v. ``config``: as `key_rules`."""
+    rules = [r for r in key_rules(config) if r.native.endswith(".weight")]
+    strip = len(".weight")
+    out = [Place((r.sources[0][:-strip],), (r.native[:-strip],)) for r in rules]
+    block = ".attn1.to_q"
+    fused = [p for p in out if p.sources[0].endswith(block)]
+    for p in fused:
+        source, native = p.sources[0][: -len("to_q")], p.natives[0][: -len("to_q")]
+        out.append(Place((f"{source}to_qkv",), tuple(native + q for q in QKV)))
+    return out
+
+
+__all__ = ["AWQ", "KEEP", "SVDQUANT", "key_rules", "places", "rules"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from ...quant.policy import Rule
 from ...quant.schemes import AWQ, KEEP, SVDQUANT
-from .spec import FamilySpec, KeyRule, layer_rules
+from .spec import COLUMNS, FamilySpec, KeyRule, Place, Published, in_blocks, layer_rules, renamed
 
 RULES = (
     Rule(r"(img_mod|txt_mod)\.lin$|\.modulation\.lin$", AWQ.id, "modulation: one row per image"),
@@ -68,6 +68,55 @@ def key_rules(config: Mapping) -> list[KeyRule]:
     return layer_rules(pairs, swap=frozenset({"final_layer.adaLN_modulation.1"}))
 
 
+def _double(image: bool) -> list[Place]:
+    """nunchaku's names of one half of a double block, v1 and v2 (the python engine's)."""
+    native, context = ("img", "") if image else ("txt", "_context")
+    qkv, out, norm = (("attn.to_qkv", "attn.to_out.0", "norm_") if image else
+                      ("attn.add_qkv_proj", "attn.to_add_out", "norm_added_"))  # fmt: skip
+    fc2 = (f"mlp{context}_fc2", f"ff{context}.net.2")
+    return [
+        *(Place((s,), (f"{native}_attn.qkv",)) for s in (f"qkv_proj{context}", qkv)),
+        *(Place((s,), (f"{native}_attn.proj",)) for s in (f"out_proj{context}", out)),
+        *(Place((s,), (f"{native}_mlp.0",)) for s in (f"mlp{context}_fc1", f"ff{context}.net.0.proj")),
+        *(Place((s,), (f"{native}_mlp.2",), unsigned=(s,)) for s in fc2),
+        Place((f"norm1{context}.linear",), (f"{native}_mod.lin",), interleaved=6, plus_one=(1, 4)),
+        *(Place((f"{p}{norm}q",), (f"{native}_attn.norm.query_norm",)) for p in ("", "attn.")),
+        *(Place((f"{p}{norm}k",), (f"{native}_attn.norm.key_norm",)) for p in ("", "attn.")),
+    ]
+
+
+def _single() -> list[Place]:
+    """nunchaku's names of a single block. linear2 stays two layers: only its second half reads a GELU."""
+    out = []
+    for qkv, attn in (("qkv_proj", "out_proj"), ("attn.to_qkv", "attn.to_out"), ("attn.to_qkv", "attn.to_out.0")):
+        out += [
+            Place((qkv, "mlp_fc1"), ("linear1",)),
+            Place((attn, "mlp_fc2"), ("linear2",), axis=COLUMNS, unsigned=("mlp_fc2",)),
+        ]
+    out += [
+        Place((f"{p}norm_{a}",), (f"norm.{n}_norm",)) for p in ("", "attn.") for a, n in (("q", "query"), ("k", "key"))
+    ]
+    return [*out, Place(("norm.linear",), ("modulation.lin",), interleaved=3, plus_one=(1,))]
+
+
+def _nunchaku(names: Iterable[str], config: Mapping) -> list[Place]:
+    names = list(names)
+    return [
+        *renamed(TOP, swap=("final_layer.adaLN_modulation.1",)),
+        *in_blocks(names, "transformer_blocks.{}.", "double_blocks.{}.", [*_double(True), *_double(False)]),
+        *in_blocks(names, "single_transformer_blocks.{}.", "single_blocks.{}.", _single()),
+    ]
+
+
+def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
+    names = list(names)
+    return [
+        *renamed(TOP, swap=("final_layer.adaLN_modulation.1",)),
+        *in_blocks(names, "transformer_blocks.{}.", "double_blocks.{}.", renamed(DOUBLE)),
+        *in_blocks(names, "single_transformer_blocks.{}.", "single_blocks.{}.", renamed(SINGLE)),
+    ]
+
+
 FAMILY = FamilySpec(
     id="flux",
     title="FLUX.1",
@@ -75,4 +124,18 @@ FAMILY = FamilySpec(
     rules=RULES,
     diffusers_class="FluxTransformer2DModel",
     key_rules=key_rules,
+    published=(
+        Published(
+            "nunchaku",
+            (r"transformer_blocks\.0\.(qkv_proj|attn\.to_qkv)\.qweight", r"single_transformer_blocks\.0\..*"),
+            _nunchaku,
+            others="none",
+        ),
+        Published(
+            "diffusers",
+            (r"transformer_blocks\.0\.attn\.add_q_proj\..*", r"single_transformer_blocks\.0\.attn\.to_q\..*"),
+            _diffusers,
+            others="none",
+        ),
+    ),
 )

@@ -1,7 +1,22 @@
 """SDXL UNets (SDXL, Turbo, Lightning, SSD-1B, Segmind Vega, KOALA): text width 2048."""
 
+from collections.abc import Iterable, Mapping
+
 from . import _unet
-from .spec import FamilySpec
+from .spec import FamilySpec, Place, Published
+
+BASE = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+}
+
+
+def _nunchaku(names: Iterable[str], config: Mapping) -> list[Place]:
+    """SDXL's own layout where the file says nothing else."""
+    return _unet.places(names, {**BASE, **config})
+
 
 FAMILY = FamilySpec(
     id="sdxl",
@@ -15,4 +30,12 @@ FAMILY = FamilySpec(
     diffusers_config=(("cross_attention_dim", 2048),),
     key_rules=_unet.key_rules,
     side_dtype="float16",
+    published=(
+        Published(
+            "nunchaku",
+            (r"down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1\.to_qkv\.qweight",),
+            _nunchaku,
+            others="none",
+        ),
+    ),
 )

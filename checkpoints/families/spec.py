@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...quant.policy import Rule
 
@@ -28,9 +28,78 @@ class KeyRule:
     swap_halves: bool = False
 
 
+ROWS, COLUMNS = "rows", "columns"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a publisher's layers stand in the native model.
+
+    ``sources``, joined along ``axis`` (rows: outputs; columns: inputs, outputs summed), are ``natives`` one under the
+    other, all of the same height. Names have no ``.weight``; a tensor that is no layer goes by its full name.
+
+    ``interleaved``: a modulation's vectors are woven into each other, so many of them; to the ones in ``plus_one`` the
+    publisher has added 1. ``unsigned``: sources that read a GELU with unsigned int4 activations, which no file marks.
+    ``shape``: real (N, K) of each source where the publisher pads. ``swap_halves``: (scale, shift) -> (shift, scale).
+    """
+
+    sources: tuple[str, ...]
+    natives: tuple[str, ...]
+    axis: str = ROWS
+    interleaved: int = 0
+    plus_one: tuple[int, ...] = ()
+    unsigned: tuple[str, ...] = ()
+    swap_halves: bool = False
+    shape: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Published:
+    """A publisher's spelling of a family's names. ``marks``: patterns of which each matches some name of its files.
+
+    ``places(names, config)``: every place for the layers in ``names``; ``config``: the diffusers config, or {}. Names
+    without a place stay as they are (``others`` "same"), or are an error ("none").
+    """
+
+    title: str
+    marks: tuple[str, ...]
+    places: Callable[[Iterable[str], Mapping], list[Place]]
+    others: str = "same"
+
+    def matches(self, names: Iterable[str]) -> bool:
+        names = list(names)
+        return all(any(re.fullmatch(mark, n) for n in names) for mark in self.marks)
+
+
+def in_blocks(names: Iterable[str], source: str, native: str, table: Iterable[Place]) -> list[Place]:
+    """``table`` once for every block in ``names``. ``source`` and ``native`` are prefixes with {} for its number."""
+    pattern = re.compile(re.escape(source).replace(r"\{\}", r"(\d+)"))
+    numbers = sorted({int(m[1]) for n in names if (m := pattern.match(n))})
+    table = tuple(table)
+    return [
+        replace(
+            place,
+            sources=tuple(source.format(i) + s for s in place.sources),
+            natives=tuple(native.format(i) + n for n in place.natives),
+            unsigned=tuple(source.format(i) + u for u in place.unsigned),
+        )
+        for i in numbers
+        for place in table
+    ]
+
+
+def renamed(table: Mapping[str, str | tuple[str, ...]], swap: Iterable[str] = ()) -> list[Place]:
+    """Places for a table of native -> source or sources (rows), as the families keep them for diffusers."""
+    rows = ((native, (s,) if isinstance(s, str) else s) for native, s in table.items())
+    return [Place(sources, (native,), swap_halves=native in swap) for native, sources in rows]
+
+
 @dataclass(frozen=True)
 class FamilySpec:
-    """``marks``: native names that only this family has, each with (dimension, size) or None for any shape."""
+    """``marks``: native names that only this family has, each with (dimension, size) or None for any shape.
+
+    ``unsupported``: why ComfyUI cannot run the family, where it cannot.
+    """
 
     id: str
     title: str
@@ -40,6 +109,8 @@ class FamilySpec:
     diffusers_config: tuple[tuple[str, object], ...] = ()  # what its config.json must say besides
     key_rules: Callable[[Mapping], list[KeyRule]] | None = None
     side_dtype: str = "bfloat16"  # what scales and low-rank factors of a 32-bit source are stored in
+    published: tuple[Published, ...] = ()  # other spellings of its names
+    unsupported: str = ""
 
     def matches(self, shapes: Shapes, prefix: str) -> bool:
         for pattern, size in self.marks:

@@ -7,45 +7,43 @@
     awq_w4a16       weight I8 (N, K/2)   weight_scale (K/64, N)   weight_zero (K/64, N)   bias optional
                     proj_down (K, R), proj_up (N, R) optional (this pack's)
 
-Other formats in the JSON belong to ComfyUI itself and are left for it. Source: Comfy-Org/ComfyUI PR 13580,
-comfy-quants.
+comfy_more.py adds this pack's own. Other formats in the JSON belong to ComfyUI itself and are left for it; kitchen's
+own names of the parts (weight_smooth_factor ...) are read too. Source: Comfy-Org/ComfyUI PR 13580, comfy-quants.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...quant import packing
 from ...quant.awq import AWQWeight
+from ...quant.parts import Parts, Plain
 from ...quant.svdquant import SVDQuantWeight
 from ..errors import CheckpointError
+from . import comfy_more
+from .stored import StoredLayer
 
 SUFFIX = ".comfy_quant"
 TILED = "kitchen_tile_packed_w4a4"
 SVDQUANT, AWQ = "svdquant_w4a4", "awq_w4a16"
-OURS = (SVDQUANT, AWQ)
+OURS = (SVDQUANT, AWQ, *comfy_more.READ, comfy_more.PARTS)
 # What ComfyUI reads by itself (0.33): these layers are none of our business.
 CORE = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
 MAX_CONFIG = 65_536
 SIDES = {
     SVDQUANT: ("weight_scale", "smooth_factor", "proj_down", "proj_up"),
     AWQ: ("weight_scale", "weight_zero", "proj_down", "proj_up"),
+    **comfy_more.SIDES,
 }
-OPTIONAL = {SVDQUANT: (), AWQ: ("proj_down", "proj_up")}
+OPTIONAL = {SVDQUANT: (), AWQ: ("proj_down", "proj_up"), comfy_more.NVFP4: (), **comfy_more.OPTIONAL}
+# name -> what kitchen's own state dicts call it
+KITCHEN = {"weight_zero": "weight_zeros"} | {n: f"weight_{n}" for n in ("smooth_factor", "proj_down", "proj_up")}
+MAX_PARTS = 16
 CONVERT = "Write the file again with this pack's quantizer, or load it with the pack that made it"
-
-
-@dataclass(frozen=True)
-class StoredLayer:
-    """One 4-bit layer as read: plain tensors in natural order, and whether the file had them tile-packed."""
-
-    weight: SVDQuantWeight | AWQWeight
-    tiled: bool = False
 
 
 def encode_config(config: dict) -> Tensor:
@@ -78,18 +76,38 @@ def read(tensors: MutableMapping[str, Tensor], file: str) -> dict[str, StoredLay
     Layers in ComfyUI's own formats stay in ``tensors``. Raises CheckpointError naming the layer for an unknown format,
     a missing tensor or a wrong shape.
     """
-    found = {}
+    found, whole = {}, {}
     for key in [k for k in tensors if k.endswith(SUFFIX)]:
         layer = key.removesuffix(SUFFIX)
         config = decode_config(tensors[key], file, layer)
-        if config["format"] in OURS:
+        if config["format"] == comfy_more.PARTS:
+            whole[layer] = config
+            del tensors[key]
+        elif config["format"] in OURS:
             del tensors[key]
             found[layer] = _read_layer(tensors, layer, config, file)
         elif config["format"] not in CORE:
             known = ", ".join(OURS + CORE)
             what = f"format {config['format']!r} is unknown to this version, which reads {known}"
             raise CheckpointError(file, what, "Update this pack, or load the file with the pack that made it", layer)
+    for layer, config in whole.items():
+        found[layer] = _read_parts(tensors, found, layer, config, file)
     return found
+
+
+def _read_parts(tensors: MutableMapping[str, Tensor], found: dict, layer: str, config: dict, file: str) -> StoredLayer:
+    """A layer whose parts have been read already. They leave ``found``."""
+    count = config.get("parts")
+    names = [f"{layer}.parts.{i}" for i in range(count)] if isinstance(count, int) and 0 < count <= MAX_PARTS else []
+    gone = next((n for n in names if n not in found), None)
+    if gone or not names:
+        what = f"its part {gone} is not there" if gone else f"it says that it has {str(count)[:20]} parts"
+        raise CheckpointError(file, what, CONVERT, layer)
+    branch = [tensors.pop(f"{layer}.{n}", None) for n in ("proj_down", "proj_up")]
+    try:
+        return StoredLayer(Parts(tuple(found.pop(n).weight for n in names), str(config.get("axis")), *branch))
+    except (ValueError, RuntimeError, IndexError, AttributeError, TypeError) as e:
+        raise CheckpointError(file, str(e), CONVERT, layer) from e
 
 
 def _read_layer(tensors: MutableMapping[str, Tensor], layer: str, config: dict, file: str) -> StoredLayer:
@@ -97,6 +115,8 @@ def _read_layer(tensors: MutableMapping[str, Tensor], layer: str, config: dict, 
     parts = {}
     for name in ("weight", *SIDES[fmt]):
         value = tensors.pop(f"{layer}.{name}", None)
+        if value is None and name in KITCHEN:
+            value = tensors.pop(f"{layer}.{KITCHEN[name]}", None)
         if value is None and name not in OPTIONAL[fmt]:
             raise CheckpointError(file, f"{fmt} needs {name}, which is not there", CONVERT, layer)
         parts[name] = value
@@ -106,12 +126,14 @@ def _read_layer(tensors: MutableMapping[str, Tensor], layer: str, config: dict, 
     weight = weight.view(torch.int8)
     tiled = config.get("layout") == TILED
     try:
+        if fmt in comfy_more.READ:
+            return StoredLayer(comfy_more.READ[fmt](weight, parts, config))
         if fmt == AWQ:
             return StoredLayer(
                 AWQWeight(weight, parts["weight_scale"], parts["weight_zero"], parts["proj_down"], parts["proj_up"])
             )
         return StoredLayer(_svdquant(weight, parts, config, tiled), tiled)
-    except (ValueError, RuntimeError, IndexError) as e:
+    except (ValueError, RuntimeError, IndexError, AttributeError, TypeError) as e:
         raise CheckpointError(file, str(e), CONVERT, layer) from e
 
 
@@ -134,17 +156,22 @@ def _svdquant(weight: Tensor, parts: dict, config: dict, tiled: bool) -> SVDQuan
 
 def config(fmt: str, act_unsigned: bool = False, tiled: bool = False) -> dict:
     """The JSON of a layer in ``fmt``."""
-    if fmt == AWQ:
-        return {"format": AWQ, "group_size": 64}
+    if fmt != SVDQUANT:
+        return {"format": fmt, "group_size": 64} if fmt == AWQ else {"format": fmt}
     out = {"format": SVDQUANT, "group_size": 64, "act_unsigned": act_unsigned, "lowrank_branch_input_basis": "raw"}
     return {**out, "layout": TILED} if tiled else out
 
 
-def write(layer: str, weight: SVDQuantWeight | AWQWeight, tiled: bool = False) -> dict[str, Tensor]:
+def write(layer: str, weight: Plain | Parts, tiled: bool = False) -> dict[str, Tensor]:
     """The tensors of one layer under ``layer`` in this contract, without bias. ``tiled`` asks for tile-packed
     svdquant_w4a4.
     """
-    if isinstance(weight, AWQWeight):
+    if isinstance(weight, Parts):
+        return _write_parts(layer, weight)
+    if type(weight) in comfy_more.WRITE:
+        entry, parts = comfy_more.WRITE[type(weight)](weight)
+        parts["comfy_quant"] = encode_config(entry)
+    elif isinstance(weight, AWQWeight):
         parts = {"weight": weight.qweight, "weight_scale": weight.wscales, "weight_zero": weight.wzeros}
         if weight.proj_down is not None:
             parts |= {"proj_down": weight.proj_down, "proj_up": weight.proj_up}
@@ -157,3 +184,13 @@ def write(layer: str, weight: SVDQuantWeight | AWQWeight, tiled: bool = False) -
         parts |= {"proj_down": weight.proj_down, "proj_up": up}
         parts["comfy_quant"] = encode_config(config(SVDQUANT, weight.act_unsigned, tiled))
     return {f"{layer}.{name}": t.contiguous() for name, t in parts.items()}
+
+
+def _write_parts(layer: str, weight: Parts) -> dict[str, Tensor]:
+    out = {}
+    for i, part in enumerate(weight.parts):
+        out |= write(f"{layer}.parts.{i}", part)
+    if weight.proj_down is not None:
+        out |= {f"{layer}.proj_down": weight.proj_down.contiguous(), f"{layer}.proj_up": weight.proj_up.contiguous()}
+    config = {"format": comfy_more.PARTS, "axis": weight.axis, "parts": len(weight.parts)}
+    return out | {f"{layer}.comfy_quant": encode_config(config)}

@@ -121,10 +121,10 @@ def _side_dtype(model) -> torch.dtype:
 
 
 def _other_bytes(model, plans: dict[str, LayerPlan]) -> int:
-    """Bytes in a file of everything that is not a planned layer's weight, in 16 bits, its header among them."""
+    """Bytes in a file of everything that is not a planned layer's weight, as the model holds it, and its header."""
     planned = {f"{n}.weight" for n, p in plans.items() if p.scheme != KEEP}
     state = model.model.diffusion_model.state_dict()
-    rest = [v.numel() * min(2, v.element_size()) for k, v in state.items() if k not in planned]
+    rest = [v.numel() * v.element_size() for k, v in state.items() if k not in planned]
     return sum(rest) + allocate.file_overhead(len(planned), len(rest))
 
 

@@ -17,13 +17,13 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...checkpoints import header
+from ...checkpoints import load as checkpoints
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.formats import comfy_quant
-from ...checkpoints.formats.comfy_quant import StoredLayer
+from ...checkpoints.formats.stored import StoredLayer
 from ...checkpoints.load import Checkpoint, parse
 from ...quant import kernels
-from . import selfcheck
+from . import demo_unet, selfcheck
 from .operations import operations
 from .patcher import claim
 
@@ -33,18 +33,24 @@ WHOLE = "Download or write the file again"
 
 
 def read(path: str) -> Checkpoint:
-    """The checkpoint at ``path`` through ComfyUI's reader (memory-mapped). Raises CheckpointError in one sentence."""
+    """The checkpoint at ``path`` through ComfyUI's reader (memory-mapped), or through the pack's own where layers are
+    packed or named otherwise. Raises CheckpointError in one sentence.
+    """
     selfcheck.require()
+    if checkpoints.needs_reader(path):
+        return checkpoints.load(path)
     name = Path(path).name
-    header.read(path)
     tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     return parse(tensors, metadata, name)
 
 
 def wrapped(layers: dict[str, StoredLayer]) -> dict[str, torch.Tensor]:
-    """ComfyUI's view of 4-bit layers: one logical (N, K) weight each, and the mark of mixed layers."""
+    """ComfyUI's view of 4-bit layers, which leave ``layers``: one logical (N, K) weight each, and the mark of mixed
+    layers.
+    """
     out: dict[str, torch.Tensor] = {}
-    for layer, stored in layers.items():
+    for layer in list(layers):
+        stored = layers.pop(layer)
         weight = kernels.wrap(stored.weight, tiled=stored.tiled)
         fmt = kernels.OURS[weight._layout_cls]
         out[f"{layer}.weight"] = weight
@@ -55,16 +61,19 @@ def wrapped(layers: dict[str, StoredLayer]) -> dict[str, torch.Tensor]:
 def diffusion_model(path: str, disable_dynamic: bool = False):
     """A ModelPatcher for the diffusion model in ``path``, 4-bit or not. Raises CheckpointError."""
     checkpoint = read(path)
-    if not checkpoint.layers and not comfy_quant.detect(checkpoint.dense):
+    quantized = bool(checkpoint.layers or comfy_quant.detect(checkpoint.dense))
+    sd = _without_prefix({**checkpoint.dense, **wrapped(checkpoint.layers)})
+    if demo_unet.is_demo(sd):
+        model = demo_unet.build(sd, operations if quantized else None, disable_dynamic)
+    elif not quantized and not checkpoints.needs_reader(path):
         model = comfy.sd.load_diffusion_model(path, disable_dynamic=disable_dynamic)
     else:
-        sd = {**checkpoint.dense, **wrapped(checkpoint.layers)}
-        sd = _without_prefix(sd)
-        options = model_options(sd, "", checkpoint.name)
+        options = model_options(sd, "", checkpoint.name) if quantized else {}
         model = _named(checkpoint, lambda: comfy.sd.load_diffusion_model_state_dict(
             sd, model_options=options, metadata=checkpoint.metadata, disable_dynamic=disable_dynamic))  # fmt: skip
         if model is None:
             raise _unknown(checkpoint.name)
+    if quantized:
         check_complete(model, checkpoint.name)
     model.cached_patcher_init = (diffusion_model, (path,))
     return claim(model)

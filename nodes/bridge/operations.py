@@ -12,7 +12,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints.formats import comfy_quant
-from ...quant import kernels
+from ...quant import kernels, runtime
 from .patches import dense, grown, on_the_fly, shift_of
 
 # comfy-kitchen's suffixes of a weight's parts -> the on-disk names
@@ -36,6 +36,8 @@ def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) 
 
 def stored(weight: QuantizedTensor, quant_format: str) -> dict[str, torch.Tensor]:
     """The tensors of a 4-bit weight under their on-disk names, without the bias."""
+    if weight._layout_cls in runtime.OURS:
+        return {n.removeprefix("."): t for n, t in comfy_quant.write("", kernels.unwrap(weight)).items()}
     out = {ON_DISK[suffix]: tensor for suffix, tensor in kernels.tensors(weight).items()}
     unsigned = getattr(weight._params, "act_unsigned", False)
     out["comfy_quant"] = comfy_quant.encode_config(comfy_quant.config(quant_format, unsigned, kernels.is_tiled(weight)))

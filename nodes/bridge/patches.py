@@ -19,8 +19,7 @@ from torch import Tensor
 from ...lora.apply import placed
 from ...lora.names import Slot
 from ...lora.weights import LohaWeights, LokrWeights, LoraWeights, Weights, stays_low_rank
-from ...quant import kernels, svdquant
-from ...quant.awq import dequantize as awq_dequantize
+from ...quant import kernels
 
 log = logging.getLogger(__name__)
 # The branch grows to a multiple of this: what tensor cores take at once. Kitchen also keeps one workspace per rank.
@@ -29,15 +28,12 @@ RANK_STEP = 16
 
 def dense(weight: QuantizedTensor) -> Tensor:
     """The effective (N, K) float32 weight of a 4-bit one. Cheaper and exacter than kitchen's identity-matrix way."""
-    plain = kernels.unwrap(weight)
-    return svdquant.dequantize(plain) if isinstance(plain, svdquant.SVDQuantWeight) else awq_dequantize(plain)
+    return kernels.dense(weight)
 
 
 def shift_of(weight: QuantizedTensor) -> Tensor | None:
     """(N,) that a dense forward must add to the stored bias of an unsigned layer; None for every other weight."""
-    if not (kernels.is_ours(weight) and getattr(weight._params, "act_unsigned", False)):
-        return None
-    return svdquant.SHIFT * svdquant.residual(kernels.unwrap(weight)).sum(1)
+    return kernels.shift(weight)
 
 
 def _lora(v) -> Weights | None:

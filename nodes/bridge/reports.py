@@ -22,7 +22,7 @@ def outputs(run: Run) -> tuple[str, str, torch.Tensor]:
 
 
 def ui(run: Run, files: records.Files) -> dict:
-    """What the profiler node shows: the chart, the text, and rows for its widget (web/nibble.js)."""
+    """What the profiler node shows: the chart, the text, and its rows for a front end."""
     rows = [
         {"title": n.title, "kind": n.kind, "state": n.state, "seconds": n.seconds, "steps": tables.step_text(n)}
         for n in run.nodes

@@ -45,7 +45,9 @@ NOTES: dict[str, tuple[str, str | None]] = {
     "lcm-dreamshaper": ("# LCM Dreamshaper with its own guidance\nThe guidance scale goes into the model as an "
         "embedding: one evaluation a step.", None),
     "instaflow": ("# InstaFlow: one straight step\nA rectified flow in SD1.5's UNet.", None),
-    "perflow-sdxl": ("# PeRFlow SDXL in four steps\nPiecewise straight: the window's ends are where it is exact.", None),
+    "perflow-sdxl": ("# PeRFlow SDXL in four steps\nPiecewise straight: exact where two windows meet.", None),
+    "load-nunchaku": ("# A file made by another tool\nNunchaku, Nunchaku Lite, NF4 and GGUF files load as they are, "
+        "codes untouched; Convert writes them in ComfyUI's own contract. Needs nunchaku's FLUX.1-schnell.", None),
     "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
         "two reports.", None),
     "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "

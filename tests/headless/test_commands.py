@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 from comfyui_nibble import demo
+from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
+from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.headless.cli import main
 from PIL import Image
+from safetensors.torch import save_file
+
+SMALL = ("svdquant_w4a4", "awq_w4a16", "int8_tensorwise")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,9 @@ def test_calibrate_with_a_budget_and_a_report(quantized, tmp_path, capsys):
     assert main([*args, "--budget", f"{budget:.2f}", "--report", str(page)]) == 0
     assert "are calibrated" in capsys.readouterr().out
     assert out.stat().st_size <= budget * 2**20
-    assert len(load(out).layers) >= 60 and "data:image/png" in page.read_text(encoding="utf-8")
+    stored = inspect(out).totals()
+    assert sum(t["layers"] for scheme, t in stored.items() if scheme in SMALL) >= 60, stored
+    assert "data:image/png" in page.read_text(encoding="utf-8")
     assert not list(tmp_path.glob(".*"))
     record = json.loads(load(out).metadata["nibble"])["calibration"]
     assert record["method"] == "fast" and record["prompts"] == 2
@@ -61,7 +68,8 @@ def test_calibrate_with_a_budget_and_a_report(quantized, tmp_path, capsys):
     ("args", "words"),
     [
         (["inspect", "nothing.safetensors"], "nothing.safetensors"),
-        (["quantize", "{file}", "--out", "{new}", "--preset", "fast"], "a file without a pipeline"),
+        (["quantize", "{float}", "--out", "{new}", "--preset", "fast"], "a file without a pipeline"),
+        (["quantize", "{file}", "--out", "{new}"], "quantized already"),
         (["quantize", "{model}", "--out", "{new}", "--budget", "5"], "add --preset fast or best"),
         (["quantize", "{model}", "--out", "{file}"], "There is a file of this name|there is a file of this name"),
         (["generate", "x", "--lora", "none.safetensors"], "none.safetensors: there is no such LoRA file"),
@@ -69,7 +77,9 @@ def test_calibrate_with_a_budget_and_a_report(quantized, tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_sentence(args, words, quantized, tmp_path, capsys):
-    places = {"file": quantized, "new": tmp_path / "new.safetensors", "model": demo.MODEL}
+    places = {"file": quantized, "new": tmp_path / "new.safetensors", "model": demo.MODEL, "float": tmp_path / "f.sft"}
+    with open_source(demo.MODEL) as source:
+        save_file({n: source.get(n) for n in source}, places["float"])
     assert main([a.format(**places) for a in args]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("nibble: ") and any(w in error for w in words.split("|")), error

@@ -1,0 +1,55 @@
+"""Z-Image and Z-Image-Turbo: ComfyUI's Lumina 2 class of width 3840."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ...quant.policy import Rule
+from ...quant.schemes import KEEP, SVDQUANT
+from .spec import FamilySpec, Place, Published, in_blocks, renamed
+
+RULES = (
+    Rule(r"refiner", KEEP, "refines text or noise: few tokens, sensitive"),
+    Rule(r"layers\.\d+\.attention\.(qkv|out)$", SVDQUANT.id, "attention"),
+    Rule(r"layers\.\d+\.feed_forward\.w[123]$", SVDQUANT.id, "feed-forward (SwiGLU: never unsigned)"),
+    Rule(r"", KEEP, "embedder, modulation, norm or output layer"),
+)
+TOP = {
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+    "x_embedder": "all_x_embedder.2-1",
+}
+# The fused gate holds w3 before w1: first half times silu of the second.
+BLOCK = (
+    Place(("attention.to_qkv",), ("attention.qkv",)),
+    Place(("attention.to_q", "attention.to_k", "attention.to_v"), ("attention.qkv",)),
+    Place(("attention.to_out.0",), ("attention.out",)),
+    Place(("attention.norm_q",), ("attention.q_norm",)),
+    Place(("attention.norm_k",), ("attention.k_norm",)),
+    Place(("feed_forward.net.0.proj",), ("feed_forward.w3", "feed_forward.w1")),
+    Place(("feed_forward.net.2",), ("feed_forward.w2",)),
+)
+
+
+def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
+    names = list(names)
+    out = renamed(TOP)
+    for stem in ("layers.{}.", "noise_refiner.{}.", "context_refiner.{}."):
+        out += in_blocks(names, stem, stem, BLOCK)
+    return out
+
+
+FAMILY = FamilySpec(
+    id="z_image",
+    title="Z-Image",
+    marks=(
+        (r"layers\.0\.attention\.qkv\.weight", (1, 3840)),
+        (r"cap_embedder\.1\.weight", None),
+        (r"noise_refiner\.0\.attention\.k_norm\.weight", None),
+    ),
+    rules=RULES,
+    published=(
+        Published("nunchaku", (r"layers\.0\.attention\.to_qkv\.qweight", r"cap_embedder\.1\.weight"), _diffusers),
+        Published("diffusers", (r"layers\.0\.attention\.to_q\..*", r"all_x_embedder\.2-1\.weight"), _diffusers),
+    ),
+)

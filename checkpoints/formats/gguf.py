@@ -1,0 +1,129 @@
+"""GGUF files of diffusion models: Q4_0 to Q8_0 and K-quants, kept as they are. Read through the `gguf` library.
+
+A tensor is a quantized linear when its type is one of quant/gguf_blocks.py and it has two dimensions; every other
+tensor is dense: floats as they are, small or odd-shaped quantized ones made dense. Source: the GGUF specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...quant.gguf_blocks import BLOCKS, BY_NUMBER, decode
+from ...quant.weight_only import WeightOnly
+from ..errors import CheckpointError
+from .stored import StoredLayer
+
+TITLE = "GGUF"
+ENDING = ".gguf"
+DENSE = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16, 24: torch.int8, 26: torch.int32}
+TEXT = ("t5", "t5encoder", "llama", "qwen2", "qwen2vl", "qwen3", "gemma", "gemma2", "gemma3", "clip")
+ORIGINAL = "comfy.gguf.orig_shape."
+REPAIR = "Download the file again, or convert it with a newer tool"
+MAX_TENSORS = 200_000
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ENDING
+
+
+def open_file(path: Path):
+    """The library's reader. Raises CheckpointError for a missing library and for whatever is wrong with the file."""
+    if not path.is_file():
+        raise CheckpointError(path.name, "there is no such file", "Choose one from the list, or check the folder")
+    try:
+        import gguf
+    except ImportError as e:
+        remedy = "Install it beside ComfyUI: pip install gguf"
+        raise CheckpointError(path.name, "GGUF files need the library gguf, which is not installed", remedy) from e
+    _check_counts(path)
+    with reading(path):
+        return gguf.GGUFReader(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """The library raises whatever broken bytes lead to: here it becomes one sentence."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, OSError, AttributeError) as e:
+        what = f"not a whole GGUF file ({str(e).splitlines()[0][:100] if str(e) else type(e).__name__})"
+        raise CheckpointError(path.name, what, REPAIR) from e
+
+
+def _check_counts(path: Path) -> None:
+    """The library believes the counts in the header; a file cannot hold more entries than bytes."""
+    with path.open("rb") as f:
+        head = f.read(24)
+    tensors, keys = (int.from_bytes(head[i : i + 8], "little") for i in (8, 16))
+    size = path.stat().st_size
+    if head[:4] != b"GGUF" or len(head) < 24:
+        raise CheckpointError(path.name, "not a GGUF file", REPAIR)
+    if tensors > min(MAX_TENSORS, size // 24) or keys > size // 12:
+        raise CheckpointError(path.name, f"its header lists {tensors} tensors and {keys} values", REPAIR)
+
+
+def architecture(reader) -> str:
+    field = reader.get_field("general.architecture")
+    return "" if field is None else str(field.contents())
+
+
+def shape_of(reader, tensor) -> tuple[int, ...]:
+    """A tensor's shape as torch has it; the format stores it the other way round."""
+    field = reader.get_field(ORIGINAL + tensor.name)
+    if field is not None:
+        return tuple(int(x) for x in field.contents())
+    return tuple(int(x) for x in reversed(tensor.shape))
+
+
+def kind(tensor) -> str:
+    """q4_k and so on, or a float's name."""
+    number = int(tensor.tensor_type)
+    return BY_NUMBER[number].id if number in BY_NUMBER else tensor.tensor_type.name
+
+
+def stays(tensor, shape: tuple[int, ...]) -> bool:
+    """Whether ``tensor`` is a linear that keeps its codes."""
+    block = BY_NUMBER.get(int(tensor.tensor_type))
+    return block is not None and len(shape) == 2 and tensor.name.endswith(".weight") and shape[1] % block.weights == 0
+
+
+def load(path: Path) -> tuple[dict[str, StoredLayer], dict[str, Tensor], dict[str, str]]:
+    """(layers, dense tensors, metadata) of a whole file. Raises CheckpointError naming the layer."""
+    reader = open_file(path)
+    with reading(path):
+        arch = architecture(reader)
+    if arch in TEXT:
+        raise CheckpointError(path.name, f"it is a text encoder ({arch})", "Load it with ComfyUI-GGUF's CLIP loader")
+    layers, dense = {}, {}
+    for t in reader.tensors:
+        try:
+            _put(t, shape_of(reader, t), layers, dense)
+        except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as e:
+            raise CheckpointError(path.name, str(e)[:200], REPAIR, t.name[:200]) from e
+    return layers, dense, {"general.architecture": arch}
+
+
+def _put(t, shape: tuple[int, ...], layers: dict, dense: dict) -> None:
+    number = int(t.tensor_type)
+    if any(s < 0 or s >= 2**31 for s in shape):
+        raise ValueError(f"its shape {shape} is no shape")
+    if number in DENSE:
+        data = torch.from_numpy(t.data.copy()).reshape(-1).view(torch.uint8).view(DENSE[number])
+        dense[t.name] = data.reshape(shape)
+        return
+    if number not in BY_NUMBER:
+        known = ", ".join(BLOCKS)
+        raise ValueError(f"its type {t.tensor_type.name} is unknown to this version, which reads {known}")
+    block = BY_NUMBER[number]
+    data = torch.from_numpy(t.data.copy()).reshape(-1, t.data.shape[-1])
+    if stays(t, shape):
+        layers[t.name.removesuffix(".weight")] = StoredLayer(WeightOnly(block.id, shape, data), form=block.id)
+    else:
+        dense[t.name] = decode(block.id, data).reshape(shape).to(torch.float16)

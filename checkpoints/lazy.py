@@ -1,0 +1,92 @@
+"""Tensors of safetensors files that are read when they are taken, one at a time: unpacking a file then costs its own
+size.
+
+Not memory-mapped: a mapped page that was read once stays counted until the file is closed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import header, pages
+from .errors import CheckpointError
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class LazyTensors(MutableMapping):
+    """Name -> tensor over several files. ``pop`` reads and forgets; what is assigned is kept."""
+
+    def __init__(self, heads: list[tuple[Path, header.Header]]):
+        self._files = [path.open("rb") for path, _ in heads]
+        self._places: dict[str, tuple] = {}
+        self._held: dict[str, Tensor] = {}
+        for (path, head), file in zip(heads, self._files, strict=True):
+            start = 8 + int.from_bytes(file.read(8), "little")
+            offsets = json.loads(file.read(start - 8))
+            for name, entry in head.tensors.items():
+                if name in self._places:
+                    raise CheckpointError(path.name, "two files of the folder hold this tensor", header.AGAIN, name)
+                self._places[name] = (file, start + offsets[name]["data_offsets"][0], entry, path.name)
+
+    def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """(dtype by safetensors' name, shape), without reading."""
+        if name in self._held:
+            return describe(self._held[name])
+        entry = self._places[name][2]
+        return entry.dtype, entry.shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._held:
+            return self._held[name]
+        file, start, entry, home = self._places[name]
+        dtype = DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise CheckpointError(home, f"its type {entry.dtype} is unknown to this version", "Update this pack", name)
+        data = pages.empty((entry.nbytes,), torch.uint8)
+        file.seek(start)
+        if file.readinto(memoryview(data.numpy())) != entry.nbytes:
+            raise CheckpointError(home, "not a whole safetensors file (it is truncated)", header.AGAIN, name)
+        return data.view(dtype).reshape(entry.shape)
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self._held[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        if self._held.pop(name, None) is None and name not in self._places:
+            raise KeyError(name)
+        self._places.pop(name, None)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held or name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._places, **self._held})
+
+    def __len__(self) -> int:
+        return len(self._places.keys() | self._held.keys())
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+
+
+def describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+
+
+def entries(tensors) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of loaded or lazy tensors."""
+    if isinstance(tensors, LazyTensors):
+        return {name: tensors.entry(name) for name in tensors}
+    return {name: describe(t) for name, t in tensors.items()}

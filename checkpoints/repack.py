@@ -1,0 +1,125 @@
+"""Rewrites any file that this pack reads in ComfyUI's per-layer contract: codes stay, only their order and names
+change.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..quant import parts
+from ..quant.modules import quantize_weight
+from ..quant.nvfp4_lowrank import NVFP4LowRankWeight
+from ..quant.packing import tiles_fit
+from ..quant.policy import LayerPlan, plan
+from ..quant.schemes import KEEP
+from ..quant.svdquant import SVDQuantWeight
+from ..quant.weight_only import WeightOnly
+from . import families, folder, load, save
+from .errors import CheckpointError
+from .formats import comfy_quant
+from .formats.stored import StoredLayer
+
+Progress = Callable[[int, int, str], None]  # done, total, what
+OTHERS = (WeightOnly, NVFP4LowRankWeight)  # what ``requantize`` is about: they have no int4 kernel
+
+
+@dataclass(frozen=True)
+class Options:
+    """``requantize``: make int4 of GGUF, bitsandbytes and nvfp4 layers, by the family's policy; they are kept else."""
+
+    requantize: bool = False
+    rank: int = 32
+    seed: int = 0
+    tiled: bool = False
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Repacked:
+    path: Path
+    family: str
+    forms: dict[str, int]  # form -> layers
+    formats: dict[str, int]  # what they became -> layers
+    requantized: int
+    source_bytes: int
+    file_bytes: int
+
+    def summary(self) -> str:
+        """What came of it, in two lines."""
+        was = ", ".join(f"{n} {form}" for form, n in sorted(self.forms.items())) or "no 4-bit layer"
+        now = ", ".join(f"{n} {form}" for form, n in sorted(self.formats.items())) or "none"
+        kept = sum(self.forms.values()) - self.requantized
+        size = f"{self.source_bytes / 2**20:.1f} MiB -> {self.file_bytes / 2**20:.1f} MiB"
+        again = f", {self.requantized} requantized" if self.requantized else ""
+        return f"{self.family}: {was} -> {now}; {size}\n{kept} layers kept their codes{again}"
+
+
+def repack(
+    path: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
+) -> Repacked:
+    """The file ``out`` of the model at ``path``. Never overwrites; raises CheckpointError naming the layer."""
+    options, path, out = options or Options(), Path(path), Path(out)
+    if out.exists():
+        raise CheckpointError(out.name, "there is a file of this name already", "Choose another name")
+    checkpoint = load.load(path)
+    if not checkpoint.layers and not comfy_quant.detect(checkpoint.dense):
+        raise CheckpointError(path.name, "it has no 4-bit layer", "Quantize it with nibble quantize instead")
+    shapes = {f"{n}.weight": x.weight.shape for n, x in checkpoint.layers.items()}
+    family, prefix = families.detect({n: tuple(t.shape) for n, t in checkpoint.dense.items()} | shapes)
+    plans = _plans(checkpoint.layers, family, prefix, options)
+    tensors = dict(checkpoint.dense)
+    forms, formats, again, total = Counter(), Counter(), 0, len(checkpoint.layers)
+    for i, name in enumerate(list(checkpoint.layers)):
+        if progress is not None:
+            progress(i, total, name)
+        layer = checkpoint.layers.pop(name)
+        forms[layer.form] += 1
+        if name in plans:
+            layer, bias = _requantized(name, layer, tensors.get(f"{name}.bias"), plans[name], options)
+            tensors |= {} if bias is None else {f"{name}.bias": bias}
+            again += 1
+        tiled = (options.tiled or layer.tiled) and isinstance(layer.weight, SVDQuantWeight)
+        stored = comfy_quant.write(name, layer.weight, tiled and tiles_fit(*layer.weight.shape))
+        formats[comfy_quant.decode_config(stored[f"{name}.comfy_quant"], path.name, name)["format"]] += 1
+        tensors |= stored
+    before = sum(f.stat().st_size for f in folder.files(path))
+    save.save(out, tensors, _info(path, family, forms, formats, again))
+    return Repacked(out, family.title, dict(forms), dict(formats), again, before, out.stat().st_size)
+
+
+def _info(path: Path, family, forms: Counter, formats: Counter, again: int) -> dict[str, str]:
+    """The record. Nothing of the source's own metadata but what this pack understands: it may hold anything."""
+    return save.record(
+        scheme=" + ".join(sorted(formats)),
+        family=family.id,
+        layers=sum(formats.values()),
+        converted_from=dict(sorted(forms.items())),
+        requantized=again,
+        source_sha256=save.sha256(folder.files(path)),
+    )
+
+
+def _plans(layers: dict[str, StoredLayer], family, prefix: str, options: Options) -> dict[str, LayerPlan]:
+    """Which layers are made int4, and how."""
+    if not options.requantize:
+        return {}
+    shapes = {n[len(prefix) :]: x.weight.shape for n, x in layers.items() if isinstance(x.weight, OTHERS)}
+    found = plan(shapes, family.rules, options.rank)
+    return {prefix + n: p for n, p in found.items() if p.scheme != KEEP}
+
+
+def _requantized(name: str, layer: StoredLayer, bias: Tensor | None, how: LayerPlan, options: Options):
+    """(layer, bias) rounded again from the dense weight."""
+    weight = parts.dequantize(layer.weight).to(options.device)
+    dtype = torch.bfloat16 if bias is None or bias.dtype not in (torch.float16, torch.bfloat16) else bias.dtype
+    try:
+        done = quantize_weight(weight, bias, how, dtype, options.seed)
+    except ValueError as e:
+        raise CheckpointError(name, str(e), "Convert it without requantizing", name) from e
+    return StoredLayer(done.weight, form=layer.form), done.bias
