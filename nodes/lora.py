@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import folder_paths
 from comfy_api.latest import io
 
 from .. import demo
@@ -19,24 +20,8 @@ CLIP_OUT = "The CLIP with the LoRA's text encoder part; empty when none is conne
 REPORT_OUT = "What became of every key of the file. Connect Preview as Text to see it."
 
 
-# The demo model's LoRAs need no copying; everything else is in models/loras.
-SHIPPED = {f"nibble-demo/{p.name}": p for p in demo.LORAS.values()}
-
-
-def _names() -> list[str]:
-    return [*files.names("loras"), *(name for name, path in SHIPPED.items() if path.is_file())]
-
-
-def _path(name: str) -> str:
-    return str(SHIPPED[name]) if name in SHIPPED else files.path("loras", name)
-
-
-def _fingerprint(name: str) -> str:
-    return name if name in SHIPPED else files.fingerprint("loras", name)
-
-
 def _choice(name: str, strength_model: float, strength_clip: float) -> lora.Choice:
-    return lora.Choice(name, _path(name), strength_model, strength_clip)
+    return lora.Choice(name, files.path("loras", name), strength_model, strength_clip)
 
 
 class NibbleApplyLora(io.ComfyNode):
@@ -57,7 +42,7 @@ class NibbleApplyLora(io.ComfyNode):
                 io.Clip.Input(
                     "clip", optional=True, tooltip="The text encoder to change, for LoRAs that have such a part."
                 ),
-                io.Combo.Input("lora_name", options=_names(), tooltip=WHICH),
+                io.Combo.Input("lora_name", options=files.names("loras"), tooltip=WHICH),
                 io.Float.Input("strength_model", **STRENGTH, tooltip=MODEL_STRENGTH),
                 io.Float.Input("strength_clip", **STRENGTH, tooltip=CLIP_STRENGTH),
             ],
@@ -70,7 +55,7 @@ class NibbleApplyLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name="", **_):
-        return _fingerprint(lora_name)
+        return files.fingerprint("loras", lora_name)
 
     @classmethod
     def execute(cls, model, lora_name, strength_model, strength_clip, clip=None) -> io.NodeOutput:
@@ -90,7 +75,7 @@ class NibbleChooseLora(io.ComfyNode):
             "that LoRA off.",
             search_aliases=["lora", "pick lora", "lora for stack"],
             inputs=[
-                io.Combo.Input("lora_name", options=_names(), tooltip=WHICH),
+                io.Combo.Input("lora_name", options=files.names("loras"), tooltip=WHICH),
                 io.Float.Input("strength_model", **STRENGTH, tooltip=MODEL_STRENGTH),
                 io.Float.Input("strength_clip", **STRENGTH, tooltip=CLIP_STRENGTH),
             ],
@@ -99,7 +84,7 @@ class NibbleChooseLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name="", **_):
-        return _fingerprint(lora_name)
+        return files.fingerprint("loras", lora_name)
 
     @classmethod
     def execute(cls, lora_name, strength_model, strength_clip) -> io.NodeOutput:
@@ -164,7 +149,7 @@ class NibbleLoraReport(io.ComfyNode):
                 "inspect",
             ],
             inputs=[
-                io.Combo.Input("lora_name", options=_names(), tooltip=WHICH),
+                io.Combo.Input("lora_name", options=files.names("loras"), tooltip=WHICH),
                 io.Model.Input("model", optional=True, tooltip="The model to match the keys with."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder to match the keys with."),
             ],
@@ -179,12 +164,16 @@ class NibbleLoraReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name="", **_):
-        return _fingerprint(lora_name)
+        return files.fingerprint("loras", lora_name)
 
     @classmethod
     def execute(cls, lora_name, model=None, clip=None) -> io.NodeOutput:
-        text, values = lora.inspect(lora_name, _path(lora_name), model, clip)
+        text, values = lora.inspect(lora_name, files.path("loras", lora_name), model, clip)
         return io.NodeOutput(text, values, ui={"text": [text]})
 
+
+# Stock loaders list the demo model's LoRAs too, after models/loras, so its workflows run with nothing to copy. Nodes
+# are only imported by ComfyUI as it loads; nothing else tells a pack that it is there.
+folder_paths.add_model_folder_path("loras", str(demo.LORAS["lcm"].parent))
 
 NODES = [NibbleApplyLora, NibbleChooseLora, NibbleLoraStack, NibbleLoraReport]

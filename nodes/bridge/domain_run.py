@@ -119,12 +119,11 @@ def family_of(model) -> str | None:
 
 
 def find_lora(file: str) -> tuple[str, str] | None:
-    """(name, path) of a LoRA by its file name, in models/loras (any folder there) or among the demo's."""
+    """(name, path) of a LoRA by its file name, in any folder of models/loras."""
     for name in files.names("loras"):
         if name.replace("\\", "/").rpartition("/")[2].lower() == file.lower():
             return name, files.path("loras", name)
-    own = {p.name: p for p in demo.LORAS.values()}.get(file)
-    return (file, str(own)) if own is not None and own.is_file() else None
+    return None
 
 
 def _plan_style(plan: Plan, domain: Domain, family: str | None, prompt: expand.Prompt, wish: Wish) -> None:
@@ -168,10 +167,9 @@ def _plan_steps(plan: Plan, domain: Domain, family: str | None, model, wish: Wis
 
 
 def _plan_distilled(plan: Plan, row: Preset, family: str | None, wish: Wish) -> None:
-    found = [("", demo.LORAS["lcm"])] if family == "demo" and demo.LORAS["lcm"].is_file() else []
-    if not found:
-        listed = (n for n in files.names("loras") if re.search(row.names, Path(n).name, re.IGNORECASE))
-        found = [(n, files.path("loras", n)) for n in listed]
+    own = {p.name for p in demo.LORAS.values()}  # made for the demo model, whatever base their names would fit
+    listed = (n for n in files.names("loras") if (Path(n).name in own) == (family == "demo"))
+    found = [(n, files.path("loras", n)) for n in listed if re.search(row.names, Path(n).name, re.IGNORECASE)]
     if not found:
         _missing(plan, f"{row.lora}.safetensors", row.source, wish, "the picture takes ordinary steps, which is slower")
         return

@@ -64,7 +64,7 @@ def test_stock_loaders_and_hooks_on_the_demo_model(server):
     assert torch.equal(run("4-bit", lora=full), after["4-bit"])
     hook = node("CreateHookLoraModelOnly", lora_name=name, strength_model=1.0)
     assert torch.equal(run("4-bit", hook=hook), after["4-bit"])
-    ours = node("NibbleApplyLora", model=["model", 0], lora_name=f"nibble-demo/{name}", strength_model=1.0,
+    ours = node("NibbleApplyLora", model=["model", 0], lora_name=name, strength_model=1.0,
                 strength_clip=1.0)  # fmt: skip
     assert torch.equal(run("4-bit", lora=ours), after["4-bit"])
     found = cosine(after["4-bit"] - before["4-bit"], after["16-bit"] - before["16-bit"])
