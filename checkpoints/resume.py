@@ -6,6 +6,7 @@ atomic, and a file that does not read is treated as absent: the layer is simply 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -73,6 +74,8 @@ class Folder:
     def clear(self) -> None:
         """Forgets the run; called when its result is safe elsewhere."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another interrupted run is kept there
+            self.folder.parent.rmdir()
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -18,14 +18,18 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the demo model is not th
 
 
 def test_direction_and_style(inside):
-    """48 captions, 20 steps: the change points the same way, and the pictures take the same style."""
-    r = inside("lora_demo", demo.LORAS["style"], 48, 20)
+    """Learned emoji and unseen captions: the change points the same way, the pictures take the same style."""
+    r = inside("lora_demo", demo.LORAS["style"], 12)
     print(json.dumps(r))
     assert r["same codes"]
     assert r["delta cosine"] > 0.9 and 0.9 < r["delta size"] < 1.1
     assert r["agreement"] >= 0.8
+    assert r["members"]["learned, caption unseen"] >= 5 and r["members"]["others"] >= 5
     for bits in ("16", "4"):
-        assert r["flat style"][f"{bits}+lora"] > r["flat style"][bits]
+        for group in ("learned", "learned, caption unseen"):
+            assert r["flat style"][group][bits] <= 0.2 and r["flat style"][group][f"{bits}+lora"] >= 0.8, group
+        assert r["flat style"]["others"][f"{bits}+lora"] <= 0.4
+        assert r["recognised"][f"{bits}+lora"] >= 0.8
 
 
 def picture(precision: str, *, lora: dict | None = None, hook: dict | None = None) -> dict:
