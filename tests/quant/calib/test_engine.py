@@ -144,7 +144,7 @@ class TestResume:
 
             return layer
 
-        module, store = block(), resume.Folder(tmp_path, "s")
+        module, store = block(), resume.Folder(tmp_path / "solved", "s")
         with pytest.raises(Stop):
             engine.calibrate(module, job(module), engine.Watch(layer=stop_at(2), store=store))
         seen = []
