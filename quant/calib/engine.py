@@ -1,8 +1,8 @@
 """Calibrates a whole module: collect, solve layer after layer, give memory back, go on.
 
 Peak memory above the module itself: the reservoirs of one run (``budget`` bytes on the CPU) and one layer in float32 on
-the device that solves, `working_bytes`. The module is not changed; `modules.install` puts the results where they
-belong.
+the device that solves, `working_bytes`; `peak_bytes` adds them up. The module is not changed; `modules.install` puts
+the results where they belong.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..schemes import KEEP
 from . import allocate
 from .observe import DEFAULT_BUDGET, Observer, runs_needed
 from .presets import Preset
-from .reservoir import Reservoir
+from .reservoir import Reservoir, limit_for
 from .solve import Sample, Solved, solve
 
 
@@ -168,6 +168,16 @@ def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer
         plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
     tokens = 0 if sample is None else len(sample.tokens)
     return Layer(name, plan, tuple(weight.shape), solved, tokens, time.perf_counter() - start)
+
+
+def peak_bytes(shapes: Mapping[str, tuple[int, int]], job: Job) -> int:
+    """An upper bound of what `calibrate` takes above the module and its forward pass, in bytes: the reservoirs, the one
+    layer being solved, and what is solved already. ``shapes``: (N, K) of every planned layer.
+    """
+    widest = max(k for _, k in shapes.values())
+    reservoirs = max(job.budget, 2 * widest * limit_for(widest, job.preset.tokens)) if job.preset.needs_data else 0
+    solved = sum(allocate.stored_bytes(job.plans[n], shape) + 4 * shape[0] for n, shape in shapes.items())
+    return reservoirs + max(working_bytes(*shape, job.preset) for shape in shapes.values()) + solved
 
 
 def working_bytes(n: int, k: int, preset: Preset) -> int:

@@ -1,14 +1,18 @@
 """Whole modules: what is watched, in how many runs, in how much memory, and what comes out."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 from comfyui_nibble.checkpoints import resume
+from comfyui_nibble.demo import parts
 from comfyui_nibble.quant.calib import engine, presets
 from comfyui_nibble.quant.calib.observe import Observer, runs_needed
 from comfyui_nibble.quant.policy import LayerPlan
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Block(nn.Module):
@@ -46,6 +50,26 @@ def job(module: Block, names=("q", "k", "v", "out", "unused"), preset: str = "fa
         weight=weights.get,
         **options,
     )
+
+
+class Count(TorchDispatchMode):
+    """Tensor bytes alive that were made inside, counted at every operation."""
+
+    live, peak = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                size = t.untyped_storage().nbytes()
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(t.untyped_storage(), self.free, size)
+        return out
+
+    def free(self, size):
+        self.live -= size
 
 
 class TestObserver:
@@ -179,28 +203,6 @@ class TestResume:
 @pytest.mark.parametrize(("n", "k"), [(512, 512), (1024, 256), (256, 1024)])
 def test_peak_memory_of_a_layer_stays_under_the_stated_bound(n, k, preset):
     """Tensor bytes alive while one layer is solved, counted at every operation, above what was there before."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Count(TorchDispatchMode):
-        live, peak = 0, 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            import weakref
-
-            out = func(*args, **(kwargs or {}))
-            given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-            for t in tree_leaves(out):
-                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
-                    size = t.untyped_storage().nbytes()
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(t.untyped_storage(), self.free, size)
-            return out
-
-        def free(self, size):
-            self.live -= size
-
     row = presets.preset(preset)
     g = torch.Generator().manual_seed(0)
     weight = torch.randn(n, k, generator=g)
@@ -211,3 +213,39 @@ def test_peak_memory_of_a_layer_stays_under_the_stated_bound(n, k, preset):
     with Count() as count:
         solve(weight, None, sample, LayerPlan("svdquant_w4a4", "", 32), row, torch.bfloat16)
     assert n * k * 4 < count.peak <= engine.working_bytes(n, k, row)
+
+
+@pytest.mark.parametrize("budget", [2**20, 2**23])
+def test_peak_memory_of_a_run_stays_under_the_stated_bound(budget):
+    """A denoiser four times the demo model's size, every fourth layer, above what its own forward pass takes."""
+    diffusers = pytest.importorskip("diffusers")
+    wide = {"block_out_channels": tuple(2 * c for c in parts.UNET["block_out_channels"]), "cross_attention_dim": 256}
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(**parts.UNET | wide).eval()
+    assert sum(p.numel() for p in unet.parameters()) > 3.5 * 10.9e6
+    layers = {n: m for n, m in unet.named_modules() if isinstance(m, nn.Linear) and not m.in_features % 64}
+    layers = dict(list(layers.items())[::4])
+    x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 16, 256)
+
+    @torch.no_grad()
+    def run():
+        for t in (100, 500, 900):
+            unet(x, t, text)
+
+    with Count() as alone:
+        run()
+    work = engine.Job(
+        plans={n: LayerPlan("svdquant_w4a4", "", 32) for n in layers},
+        preset=presets.preset("fast"),
+        dtype=torch.bfloat16,
+        run=run,
+        weight=lambda n: (layers[n].weight.detach(), None),
+        budget=budget,
+    )
+    shapes = {n: tuple(m.weight.shape) for n, m in layers.items()}
+    with Count() as count, torch.no_grad():
+        solved = engine.calibrate(unet, work)
+    bound = engine.peak_bytes(shapes, work)
+    print(f"forward {alone.peak / 2**20:.1f}, calibration {count.peak / 2**20:.1f}, bound {bound / 2**20:.1f} MiB")
+    assert len(solved) == len(layers) >= 15
+    assert alone.peak < count.peak <= alone.peak + bound
