@@ -37,6 +37,7 @@ class Inspection:
     record: dict
     maker: str = ""
     advice: tuple[str, ...] = ()
+    family_id: str = ""
 
     @property
     def quantized(self) -> tuple[Row, ...]:
@@ -130,7 +131,7 @@ def _finish(name: str, family, found: tuple) -> Inspection:
     advice = forms.advice({r.scheme for r in rows}, foreign.capability())
     if family.unsupported:
         advice.append(family.unsupported)
-    return Inspection(name, family.title, prefix, rows, nbytes, record, maker, tuple(advice))
+    return Inspection(name, family.title, prefix, rows, nbytes, record, maker, tuple(advice), family.id)
 
 
 def _what(head: header.Header, name: str, config: dict | None, policy) -> tuple[str, str]:

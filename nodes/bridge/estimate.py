@@ -168,8 +168,7 @@ def from_file(choice: str) -> Subject:
     path = files.listed_path(choice, FOLDERS)
     head, found = header.read(path), inspect(path)
     p = found.prefix
-    logical = {n: e.shape for n, e in head.tensors.items()} | {f"{p}{r.layer}.weight": (r.n, r.k) for r in found.rows}
-    family, _ = families.detect(logical)
+    family = families.by_id(found.family_id)
     layers = {r.layer: (r.n, r.k, r.nbytes, r.scheme if r.scheme in FOUR_BIT else weights.KEEP) for r in found.rows}
     plans = plan({r.layer: (r.n, r.k) for r in found.rows}, family.rules, 0)
     text, vae = (sum(e.nbytes for n, e in head.tensors.items() if n.startswith(start)) for start in (TEXT, VAE))

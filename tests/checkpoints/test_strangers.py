@@ -123,6 +123,7 @@ def test_quantizing_them_again_is_refused(file):
 class TestInspect:
     def test_says_maker_family_scheme_and_gpu(self):
         found = inspect(DATA / "d_mini_flux_int4.safetensors")
+        assert found.family_id == "flux"
         assert found.family == "FLUX.1" and found.maker.endswith("as NunchakuFluxTransformer2dModel")
         totals = found.totals()
         assert totals["nunchaku_svdq_int4"]["layers"] == 12 and totals["nunchaku_awq_w4a16"]["layers"] == 3
