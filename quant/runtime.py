@@ -21,7 +21,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, register_layout_class, register_layout_op
 from torch import Tensor
 
-from . import nvfp4_lowrank, parts, weight_only
+from . import kitchen, nvfp4_lowrank, parts, weight_only
 from .awq import AWQWeight
 from .nvfp4_lowrank import NVFP4LowRankWeight
 from .parts import COLUMNS, ROWS, Parts, Plain
@@ -163,9 +163,7 @@ def part_linear(x: Tensor, w: Plain) -> Tensor:
         return nvfp4_lowrank.linear(x, w)
     if isinstance(w, WeightOnly):
         return weight_only.linear(x, w)
-    from . import kernels  # which imports this file
-
-    return torch.nn.functional.linear(x.contiguous(), kernels.wrap(w))
+    return torch.nn.functional.linear(x.contiguous(), kitchen.wrap(w))
 
 
 def _forward(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
