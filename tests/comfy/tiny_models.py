@@ -16,6 +16,7 @@ comfy.options.enable_args_parsing()
 
 import comfy.ops  # noqa: E402
 import torch  # noqa: E402
+from comfy.cldm.cldm import ControlNet  # noqa: E402
 from comfy.ldm.flux.model import Flux  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
@@ -27,12 +28,20 @@ UNET = dict(
 )
 
 
+SD15 = dict(
+    num_res_blocks=[1], channel_mult=[1], context_dim=768, num_heads=8, num_head_channels=-1, transformer_depth=[1],
+    use_linear_in_transformer=False,
+)  # fmt: skip
+
+
 def sd15():
-    return UNetModel(
-        **UNET, num_res_blocks=[1], channel_mult=[1], context_dim=768, num_heads=8, num_head_channels=-1,
-        transformer_depth=[1], transformer_depth_output=[1, 0], transformer_depth_middle=-2,
-        use_linear_in_transformer=False, **OPS,
-    )  # fmt: skip
+    return UNetModel(**UNET, **SD15, transformer_depth_output=[1, 0], transformer_depth_middle=-2, **OPS)
+
+
+def controlnet_sd15():
+    """A ControlNet of `sd15`: the hint's eight-fold reduction, a copy of the way down, one output each."""
+    shared = {k: v for k, v in UNET.items() if k != "out_channels"}
+    return ControlNet(**shared, **SD15, hint_channels=3, transformer_depth_middle=-2, **OPS)
 
 
 def sdxl():
