@@ -48,6 +48,15 @@ NOTES: dict[str, tuple[str, str | None]] = {
     "perflow-sdxl": ("# PeRFlow SDXL in four steps\nPiecewise straight: exact where two windows meet.", None),
     "load-nunchaku": ("# A file made by another tool\nNunchaku, Nunchaku Lite, NF4 and GGUF files load as they are, "
         "codes untouched; Convert writes them in ComfyUI's own contract. Needs nunchaku's FLUX.1-schnell.", None),
+    "image-to-image": ("# From a picture to a picture\nThe 4-bit model noises the first picture to 70 % and draws the "
+        "second from there. Put *Load Image* in place of the first sampler for a picture of yours.", "12"),
+    "inpaint": ("# Drawing a part anew\nOnly what the mask covers is drawn; the rest stays to the pixel. Put *Load "
+        "Image* in place of the first sampler, and paint the mask with the mask editor.", "17"),
+    "controlnet-sketch": ("# A sketch steers a 4-bit model\nSD1.5 is calibrated to 4 bits in the graph (once; save "
+        "it with Save Model), and ComfyUI's own ControlNet nodes work on it. Needs SD1.5 and its scribble "
+        "ControlNet.", None),
+    "controlnet-depth": ("# A depth map steers a 4-bit model\nAs with a sketch. Needs SD1.5 and its depth ControlNet.",
+        None),
     "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
         "two reports.", None),
     "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "

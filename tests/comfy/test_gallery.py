@@ -3,8 +3,11 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gallery
@@ -59,3 +62,42 @@ def test_the_calibration_workflow_runs_as_it_is(server):
     assert "are calibrated" in result.text("15") and "PSNR" in result.text("14")
     assert server.image(result, "13").shape[1] > 256
     assert (server.base / "output" / result.text("17")).stat().st_size < 22e6
+
+
+@pytest.mark.parametrize("name", ["image-to-image", "inpaint"])
+def test_pictures_are_drawn_over(name, server):
+    """The second picture keeps what it should of the first, and shows what was asked for."""
+    graph = gallery.api(name)
+    result = server.done(graph)
+    last = gallery.NOTES[name][1]
+    before, after = server.image(result, "7"), server.image(result, last)
+    assert np.abs(before - after).mean() > 0.02
+    if name == "inpaint":
+        y, height = graph["11"]["inputs"]["y"], graph["10"]["inputs"]["height"]
+        assert np.array_equal(before[:y], after[:y])
+        assert np.array_equal(before[y + height :], after[y + height :])
+    else:
+        red, green = (p[32:112, 24:104].mean((0, 1)) for p in (before, after))
+        assert red[0] - red[1] > 0.2 and green[1] > green[0]
+
+
+@pytest.mark.parametrize("name", ["controlnet-sketch", "controlnet-depth"])
+def test_controlnet_workflows_are_valid(name, server):
+    """ComfyUI takes the graph once files of these names are there, and their links are given."""
+    graph = gallery.api(name)
+    made = []
+    for node in graph.values():
+        for row in node["_meta"].get("models", []):
+            path = server.models(row["directory"]) / row["name"]
+            assert row["url"].startswith("https://huggingface.co/") and row["url"].endswith(row["name"])
+            if not path.exists():
+                save_file({"nothing": torch.zeros(1)}, path)
+                made.append(path)
+    picture = server.base / "input" / "example.png"
+    picture.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(picture)
+    try:
+        server.wait(server.queue(graph))  # the stand-ins hold no model, so how it ends does not matter here
+    finally:
+        for path in [*made, picture]:
+            path.unlink()
