@@ -1,7 +1,7 @@
 """The gallery: workflows/<name>.json (what the front end opens) and <name>.jpg (what it gives), from workflows/api.
 
-`python tests/comfy/gallery.py [NAME ...]` starts ComfyUI, draws each graph, runs those on the demo model, and writes
-both files. What a workflow is for is said once, in `NOTES`.
+Also the subgraph blueprints. `python tests/comfy/gallery.py [NAME ...]` starts ComfyUI, draws each graph, runs those on
+the demo model, and writes both files. What a workflow is for is said once, in `NOTES`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from blueprints import BLUEPRINTS, draw
 from PIL import Image
 from workflow_tools import to_ui
 
@@ -101,6 +102,9 @@ def main() -> None:
         server = start(Path(base))
         try:
             info = server.get("/object_info")
+            for title, blueprint in BLUEPRINTS.items():
+                text = json.dumps(draw(blueprint, info, versions()), indent=1)
+                (ROOT / "subgraphs" / f"{title}.json").write_text(text + "\n", encoding="utf-8")
             for name in names:
                 text = json.dumps(drawn(name, info), indent=1, ensure_ascii=False)
                 (GALLERY / f"{name}.json").write_text(text + "\n", encoding="utf-8")
