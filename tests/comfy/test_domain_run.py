@@ -30,6 +30,8 @@ def whole(server, inside, tmp_path_factory):
     """A whole SD1.5-class checkpoint with random weights, and LoRAs for it, in the server's folders."""
     path = tmp_path_factory.mktemp("whole") / "whole.safetensors"
     inside("whole_checkpoint", path)
+    for left in server.models("loras").iterdir():  # by tests of other files: what is found by name must be ours
+        left.unlink()
     (server.models("checkpoints") / "domain-test.safetensors").symlink_to(path)
     g = torch.Generator().manual_seed(1)
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_{}"
