@@ -1,4 +1,4 @@
-.PHONY: check test test-comfy docs locales gallery
+.PHONY: check test test-comfy test-browser docs locales gallery pictures
 
 check:
 	ruff check .
@@ -9,6 +9,9 @@ test:
 
 test-comfy:
 	pytest tests/comfy
+
+test-browser:
+	pytest -m browser
 
 # Written from the code, held to it by tests.
 docs:
@@ -21,3 +24,6 @@ locales:
 
 gallery:
 	python tests/comfy/gallery.py
+
+pictures:
+	python tests/browser/pictures.py

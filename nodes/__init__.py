@@ -5,12 +5,16 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from . import calibrate, convert, lora, metrics, models, profiling, prompts, sampling
+from .bridge import history
 
 TOPICS = (models, convert, calibrate, sampling, lora, profiling, metrics, prompts)
 
 
 class NibbleExtension(ComfyExtension):
     """Every node of the pack, gathered from the topics' ``NODES``."""
+
+    async def on_load(self) -> None:
+        history.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for topic in TOPICS for node in topic.NODES]

@@ -96,6 +96,7 @@ class NibbleCalibrate(io.ComfyNode):
                     default=0,
                     min=0,
                     max=2**32 - 1,
+                    control_after_generate=False,
                     tooltip="Noise of the samples and of the solver. Same seed, same file.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Encodes the prompts below."),
@@ -168,7 +169,14 @@ class NibbleCalibrationPrompts(io.ComfyNode):
                 io.Int.Input(
                     "count", default=8, min=1, max=1024, tooltip="How many prompts. 8 are enough for most models."
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="Which ones are drawn."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**32 - 1,
+                    control_after_generate=False,
+                    tooltip="Which ones are drawn.",
+                ),
             ],
             outputs=[
                 io.String.Output("prompts", display_name="prompts", tooltip="One prompt a line: connect to Calibrate.")

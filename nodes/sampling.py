@@ -267,7 +267,12 @@ class NibbleStraightness(io.ComfyNode):
                 io.Int.Input("steps", default=25, min=1, max=1000, tooltip="Euler steps of each trajectory."),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale; 1 for none."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=SEED_MAX, tooltip="Of the noise that trajectories start at."
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=SEED_MAX,
+                    control_after_generate=False,
+                    tooltip="Of the noise that trajectories start at.",
                 ),
             ],
             outputs=[

@@ -10,6 +10,11 @@ import uuid
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 CONTROL = "control_after_generate"
 COLUMN, ROW, WIDTH = 340, 40, 300
+# Nodes that show what they made grow once they ran, and must not cover what lies below.
+GROWS = {
+    "SaveImage": 260, "PreviewImage": 260, "ImageCompare": 260, "NibbleCompareImages": 280, "NibbleProfiler": 620,
+    "PreviewAny": 160, "NibbleCalibrate": 60,
+}  # fmt: skip
 
 
 def inputs_of(info: dict) -> list[tuple[str, str, dict, bool]]:
@@ -29,9 +34,9 @@ def is_widget(type_: str, options: dict) -> bool:
     return type_ in WIDGETS and not options.get("forceInput")
 
 
-def has_control(type_: str, options: dict) -> bool:
-    """Whether the front end adds a 'control after generate' widget behind this one."""
-    return type_ == "INT" and bool(options.get(CONTROL))
+def has_control(name: str, type_: str, options: dict) -> bool:
+    """Whether the front end adds a 'control after generate' widget behind this one: unasked, too, behind a seed."""
+    return type_ == "INT" and bool(options.get(CONTROL, name in ("seed", "noise_seed")))
 
 
 def to_api(ui: dict, object_info: dict) -> dict:
@@ -46,7 +51,7 @@ def to_api(ui: dict, object_info: dict) -> dict:
         for name, type_, options, _ in inputs_of(object_info[node["type"]]):
             if is_widget(type_, options):
                 inputs[name] = values[at]
-                at += 2 if has_control(type_, options) or options.get("image_upload") else 1
+                at += 2 if has_control(name, type_, options) or options.get("image_upload") else 1
             if sockets.get(name) is not None:
                 _, source, slot, *_ = links[sockets[name]]
                 inputs[name] = [str(source), slot]
@@ -123,7 +128,7 @@ def _node(name: str, api: dict, object_info: dict, versions, ids: dict[str, int]
             plain = options.get("default") if isinstance(value, list) else value
             values.append(plain)
             named[key] = plain
-            if has_control(type_, options):
+            if has_control(key, type_, options):
                 values.append("fixed")
             elif options.get("image_upload"):
                 values.append("image")
@@ -139,7 +144,8 @@ def _node(name: str, api: dict, object_info: dict, versions, ids: dict[str, int]
     lines = sum(3 if o.get("multiline") else 1 for _, t, o, _ in inputs_of(info) if is_widget(t, o))
     return {
         "id": ids[name], "type": kind, "title": api[name].get("_meta", {}).get("title", info["display_name"]),
-        "pos": [0, 0], "size": [WIDTH, 40 + 24 * max(len(sockets), len(outputs)) + 28 * lines],
+        "pos": [0, 0],
+        "size": [WIDTH, 40 + 24 * max(len(sockets), len(outputs)) + 28 * lines + GROWS.get(kind, 0)],
         "flags": {}, "order": 0, "mode": 0,
         "inputs": sockets, "outputs": outputs,
         "properties": {"Node name for S&R": kind, "cnr_id": cnr_id, "ver": ver},
