@@ -45,7 +45,8 @@ NOTES: dict[str, tuple[str, str | None]] = {
     "flux-schnell": ("# FLUX.1-schnell in four steps\nNeeds flux1-schnell-fp8 (17 GB).", None),
     "lcm-dreamshaper": ("# LCM Dreamshaper with its own guidance\nThe guidance scale goes into the model as an "
         "embedding: one evaluation a step.", None),
-    "instaflow": ("# InstaFlow: one straight step\nA rectified flow in SD1.5's UNet.", None),
+    "instaflow": ("# InstaFlow: one straight step\nA rectified flow in SD1.5's UNet. Needs the unet of "
+        "huggingface.co/XCLiu/instaflow_0_9B_from_sd_1_5 in models/diffusion_models, under the name below.", None),
     "perflow-sdxl": ("# PeRFlow SDXL in four steps\nPiecewise straight: exact where two windows meet.", None),
     "load-nunchaku": ("# A file made by another tool\nNunchaku, Nunchaku Lite, NF4 and GGUF files load as they are, "
         "codes untouched; Convert writes them in ComfyUI's own contract. Needs nunchaku's FLUX.1-schnell.", None),
