@@ -32,6 +32,7 @@ LOADERS = {
     "CheckpointLoaderSimple": "checkpoints", "UNETLoader": "diffusion_models", "NibbleLoadModel": "diffusion_models",
     "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders", "VAELoader": "vae",
     "CLIPVisionLoader": "clip_vision", "LoraLoaderModelOnly": "loras",
+    "ControlNetLoader": "controlnet",
 }  # fmt: skip
 CANVAS = {"x": 160, "y": 100, "width": 1280, "height": 800}  # what no panel of the window covers
 SETTINGS = {
@@ -80,6 +81,9 @@ def stand_ins(base: Path) -> None:
                     path = base / "models" / LOADERS[node["class_type"]] / value
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch()
+    example = base / "input" / "example.png"
+    example.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (512, 512), "black").save(example)
 
 
 def thumbnails(front: Front) -> None:
