@@ -12,4 +12,6 @@ LORAS = {
     "style": ROOT / "loras" / "nibble_demo_flat_style.safetensors",
     "lcm": ROOT / "loras" / "nibble_demo_lcm.safetensors",
 }
+# 48 emoji in the flat style with captions (captions.jsonl): a folder to try training on
+PICTURES = ROOT / "twemoji"
 REFERENCES = {"noto": ROOT / "references" / "noto.png", "twemoji": ROOT / "references" / "twemoji.png"}

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..training.loop import train
 from . import parts
-from .loop import train
 from .stages import FEW_STEPS, Captions, add_lora, schedule
 
 GRID, SKIP = 50, 20
@@ -69,4 +69,4 @@ def lcm_lora(unet, teacher, text, emoji, latents: torch.Tensor, tokenizer, work:
         difference = consistency(unet, z, t, context) - target
         return ((difference**2 + HUBER**2).sqrt() - HUBER).mean()
 
-    return train(FEW_STEPS, params, loss, work)
+    return train(FEW_STEPS, params, loss, work).seconds

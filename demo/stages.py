@@ -1,4 +1,4 @@
-"""The four training stages of the demo model, each a loss and a plan (`loop.train` runs them).
+"""The four training stages of the demo model, each a loss and a plan (`training.loop` runs them).
 
 1. autoencoder   pictures of both styles, 64 x 64 crops, then whole pictures
 2. denoiser      UNet and text encoder together on the Noto latents, epsilon prediction, min-SNR weights (2303.09556)
@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..training.loop import Plan, train
 from . import dataset, parts
-from .loop import Plan, train
 
 AUTOENCODER = Plan("autoencoder", steps=5200, batch=32, lr=1e-3, ema=0.998, seed=1)
 DENOISER = Plan("denoiser", steps=7600, batch=64, lr=6e-4, warmup=200, ema=0.9993, seed=2)
@@ -57,7 +57,7 @@ def autoencoder(pictures: torch.Tensor, work: Path, device: str):
         shape = mean.square().mean() + (deviation - 1).square().mean()
         return F.mse_loss(y, x) + 0.05 * F.l1_loss(y, x) + 0.002 * shape
 
-    seconds = train(AUTOENCODER, list(model.parameters()), loss, work)
+    seconds = train(AUTOENCODER, list(model.parameters()), loss, work).seconds
     return model.eval().to(memory_format=torch.contiguous_format), seconds
 
 
@@ -127,7 +127,7 @@ def denoiser(emoji, latents: torch.Tensor, tokenizer, work: Path, device: str):
         out = unet(x.to(device), t.to(device), context).sample
         return epsilon_loss(out, eps.to(device), alphas[t.to(device)])
 
-    seconds = train(DENOISER, [*unet.parameters(), *text.parameters()], loss, work)
+    seconds = train(DENOISER, [*unet.parameters(), *text.parameters()], loss, work).seconds
     return unet.eval(), text.eval(), seconds
 
 
@@ -164,4 +164,4 @@ def style_lora(unet, text, captions: Captions, latents: torch.Tensor, learn: lis
         out, eps, alpha = unet(x.to(device), t.to(device), context).sample, eps.to(device), alphas[t.to(device)]
         return clean_loss(out, eps, alpha) if few else epsilon_loss(out, eps, alpha)
 
-    return train(STYLE, params, loss, work)
+    return train(STYLE, params, loss, work).seconds

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import convert, profile, prompts
+from . import convert, distill, profile, prompts, train
 
 OFFERED = ("data_free", "fast", "best")  # quant.calib.presets.OFFERED, said again so that --help need not load torch
 TARGETS = (
@@ -82,6 +82,8 @@ def parser() -> argparse.ArgumentParser:
     convert.add_command(commands)
     prompts.add_command(commands)
     profile.add_command(commands)
+    train.add_command(commands)
+    distill.add_command(commands)
     return top
 
 

@@ -15,7 +15,7 @@ ALLOWED = {
     "training": {"lora", "sampling", "quant"},
     "lora": {"checkpoints.families", "quant"},
     "checkpoints": {"quant"},
-    "demo": {"metrics"},
+    "demo": {"metrics", "training"},
     "quant": set(),
     "prompts": set(),
     "sampling": set(),

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from comfyui_nibble import demo
-from comfyui_nibble.demo import evaluate, loop, recognise
+from comfyui_nibble.demo import evaluate, recognise
 from comfyui_nibble.headless import pipeline
+from comfyui_nibble.training import loop
 from safetensors.torch import load_file
 
 FILES = list(demo.ROOT.rglob("*.safetensors"))

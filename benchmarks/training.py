@@ -1,0 +1,209 @@
+"""LoRA training on the demo model's 4-bit base: the figures of docs/benchmarks.md.
+
+    python benchmarks/training.py --data DIR [--steps 450] [--pictures 40] [--json training.json]
+
+DIR: where demo/dataset.py keeps the two emoji packages (downloaded when absent). The LoRA learns the flat style
+(Twemoji) from the first references. Style test: a drawn picture counts when it is nearer to the flat thumbnail of its
+emoji than to the shaded (Noto) one that the base knows; captions are the trained ones, other names of the same emoji,
+and those of emoji of which no flat picture was seen.
+"""
+
+# ruff: noqa: TID251
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfyui_nibble import demo
+from comfyui_nibble.demo import dataset, evaluate, recognise
+from comfyui_nibble.headless import pipeline, train
+from comfyui_nibble.quant import kernels
+from comfyui_nibble.quant.modules import linear_shapes, quantize_module
+from comfyui_nibble.quant.policy import plan
+from comfyui_nibble.training import adapters, data, denoise, lora
+from comfyui_nibble.training.loop import Plan, Watch
+
+HELD = 40
+
+
+@dataclass
+class Task:
+    """The data, the pipeline and what is drawn from it. ``flat``, ``shaded``: thumbnails of the references."""
+
+    folder: Path
+    count: int
+    bits: int = 4
+    figures: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.emoji, self.pictures = dataset.load(self.folder)
+        self.rows = evaluate.choose(self.emoji)
+        self.flat, self.shaded = (recognise.load(s).thumbnails for s in ("twemoji", "noto"))
+        self.pipe = pipeline.load_pipeline(demo.MODEL)
+        if self.bits == 4:
+            pipeline.quantize(self.pipe, 16)
+
+    def sample(self, row: int) -> data.Sample:
+        picture = torch.from_numpy(self.pictures["twitter"][row]).permute(2, 0, 1).float().div(127.5).sub(1)
+        z = train.latent_of(self.pipe, picture)
+        caption = self.emoji[row].captions[0]
+        return data.Sample(z, train.encode(self.pipe, caption, z), train.encode(self.pipe, "", z))
+
+    def samples(self):
+        learn, held = self.rows[: self.count], self.rows[self.count : self.count + HELD]
+        return [self.sample(i) for i in learn], [self.sample(i) for i in held]
+
+    def style(self, captions: list[tuple[int, str]]) -> dict[str, float]:
+        """Shares of drawn pictures: in the flat style, and recognised among both styles' references."""
+        drawn = evaluate.draw(self.pipe, [c for _, c in captions], 20, evaluate.GUIDANCE)
+        small = [recognise.thumbnail(p) for p in drawn]
+        both = np.concatenate([self.flat, self.shaded])
+        flat = [_gap(s, self.flat[i]) < _gap(s, self.shaded[i]) for s, (i, _) in zip(small, captions, strict=True)]
+        near = [int(((both - s) ** 2).mean((1, 2, 3)).argmin()) % len(self.flat) for s in small]
+        seen = [n == i for n, (i, _) in zip(near, captions, strict=True)]
+        return {"captions": len(captions), "flat style": float(np.mean(flat)), "recognised": float(np.mean(seen))}
+
+    def captions(self) -> dict[str, list[tuple[int, str]]]:
+        """(reference, caption) of each kind."""
+        named = [self.emoji[i].captions + self.emoji[i].held_out for i in self.rows]
+        learned = range(self.count)
+        return {
+            "trained": [(k, named[k][0]) for k in learned],
+            "other names": [(k, named[k][-1]) for k in learned if len(named[k]) > 1],
+            "other emoji": [(k, named[k][0]) for k in range(self.count, self.count + HELD)],
+        }
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    return float(((a - b) ** 2).mean())
+
+
+def codes(unet) -> str:
+    """Digest of everything inside the 4-bit weights."""
+    digest = hashlib.sha256()
+    for name, p in unet.named_parameters():
+        if kernels.is_ours(p):
+            for tensor in kernels.tensors(p).values():
+                digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def quality(task: Task, steps: int, say: Callable[[str], None], out: Path | None) -> dict:
+    """Validation loss, style and recognition before and after training."""
+    found, before = task.samples(), codes(task.pipe.unet)
+    recipe = lora.Recipe(Plan("lora", steps, 8, 2e-3, warmup=20, weight_decay=0.0, ema=0.99))
+
+    def step(done: int, total: int, loss: float) -> None:
+        if done % 100 == 0:
+            say(f"step {done} of {total}: {loss:.4f}")
+
+    loras, outcome = train.train(task.pipe, found, recipe, 16, None, Watch(step))
+    if out is not None:
+        from comfyui_nibble.checkpoints.save import save
+
+        names = train.native_names(task.pipe.unet)
+        save(out, loras.state_dict(rename=names), lora.metadata(recipe, outcome, task.count, out.stem), overwrite=True)
+    result = {"validation": [outcome.before, outcome.after], "seconds": outcome.result.seconds}
+    result["same codes"] = codes(task.pipe.unet) == before
+    with loras.attached():
+        for kind, captions in task.captions().items():
+            say(kind)
+            result[kind] = task.style(captions)
+        with loras.off():
+            result["other emoji, base"] = task.style(captions)
+    return result
+
+
+class Kept:
+    """Bytes of the tensors that autograd keeps for the backward pass, each storage once."""
+
+    def __init__(self):
+        self.storages: dict[int, int] = {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+
+def unet(bits: int, folder: Path):
+    """(the demo model's UNet, one forward pass of its loss)."""
+    task = Task(folder, 1, bits)
+    denoiser = denoise.diffusers_unet(task.pipe.unet, task.pipe.scheduler)
+    sample = task.samples()[0][0]
+    x0 = sample.latent[None]
+    return task.pipe.unet, lambda: denoiser.loss(
+        x0, torch.randn_like(x0), denoiser.at(torch.tensor([0.5])), [sample.cond]
+    )
+
+
+def transformer(bits: int, _folder: Path):
+    """(a random SD3 transformer of about the demo UNet's size, one forward pass of a loss)."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    module = SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=4, attention_head_dim=64,
+        num_attention_heads=5, joint_attention_dim=128, caption_projection_dim=320, pooled_projection_dim=128,
+        pos_embed_max_size=16,
+    )  # fmt: skip
+    if bits == 4:
+        plans = plan(linear_shapes(module), pipeline.family_of(module).rules, 16)
+        quantize_module(module, plans, torch.float32)
+    x, text, pooled, t = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 128), torch.randn(1, 128), torch.tensor([500.0])
+    return module, lambda: module(x, text, pooled, t).sample.square().mean()
+
+
+def memory(make: Callable, bits: int, folder: Path) -> dict[str, int]:
+    """Tensor bytes at the peak of a training step; all that is not codes is counted in 16 bits, the LoRA in 32."""
+    module, loss = make(bits, folder)
+    module.requires_grad_(False)
+    loras = adapters.Adapters(module, lora.usual(list(adapters.linears(module))), 8)
+    own = {p.untyped_storage().data_ptr() for p in module.parameters() if not kernels.is_ours(p)}
+    kept = Kept()
+    with loras.attached(), torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
+        loss()
+    saved = sum(size for place, size in kept.storages.items() if place not in own)
+    weights = pipeline.measure(module)
+    return {
+        "weights": weights.quantized + weights.other,
+        "factors, gradients and AdamW": sum(p.numel() for p in loras.parameters()) * 16,
+        "kept for backward": saved // 2,
+    }
+
+
+def _total(row: dict[str, int]) -> int:
+    return sum(row.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--only", choices=("quality", "memory"))
+    parser.add_argument("--lora", type=Path, help="write the trained LoRA here")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    figures: dict = {}
+    if args.only != "quality":
+        for make in (unet, transformer):
+            rows = {bits: memory(make, bits, args.data) for bits in (16, 4)}
+            figures[f"memory, {make.__name__}"] = {**rows, "ratio": _total(rows[4]) / _total(rows[16])}
+    if args.only != "memory":
+        say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+        figures["quality"] = quality(Task(args.data, args.pictures), args.steps, say, args.lora)
+    print(json.dumps(figures, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The loop: exact arithmetic, the same weights however often it was stopped, and one sentence for what is wrong."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from comfyui_nibble.training.loop import Plan, Watch, learning_rate, train
+
+TARGET = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+class Toy:
+    """A regression whose data are drawn from the generator."""
+
+    def __init__(self):
+        self.p = torch.nn.Parameter(torch.zeros(3, 4))
+
+    def loss(self, _step: int, g: torch.Generator) -> torch.Tensor:
+        x = torch.randn(8, 4, generator=g)
+        return ((x @ (self.p - TARGET).T) ** 2).mean()
+
+
+def run(plan: Plan, **kwargs):
+    toy = Toy()
+    return toy.p.detach(), train(plan, [toy.p], toy.loss, **kwargs)
+
+
+def test_it_is_adamw_with_clipping_and_an_average():
+    """The steps written out by hand, from torch's own pieces."""
+    plan = Plan("toy", steps=9, batch=8, lr=0.05, warmup=3, ema=0.9, seed=5)
+    toy = Toy()
+    optimizer = torch.optim.AdamW([toy.p], lr=1.0, weight_decay=0.01, betas=(0.9, 0.99))
+    average = toy.p.detach().clone()
+    for step in range(9):
+        rate = 0.05 * (step + 1) / 3 if step < 3 else 0.05 * (0.01 + 0.495 * (1 + math.cos(math.pi * (step - 3) / 6)))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        toy.loss(step, torch.Generator().manual_seed(5 * 1_000_003 + step)).backward()
+        torch.nn.utils.clip_grad_norm_([toy.p], 1.0)
+        optimizer.step()
+        average.lerp_(toy.p.detach(), 1 - min(0.9, (1 + step) / (10 + step)))
+    got, result = run(plan)
+    assert torch.equal(got, average) and len(result.losses) == 9
+
+
+def test_schedules_accumulation_and_loss_scale():
+    constant = Plan("toy", 20, 8, 0.05, warmup=4, schedule="constant")
+    assert [learning_rate(constant, s) for s in (0, 3, 4, 19)] == [0.0125, 0.05, 0.05, 0.05]
+    scaled, _ = run(Plan("toy", 6, 8, 0.05, loss_scale=1024.0))
+    assert torch.allclose(scaled, run(Plan("toy", 6, 8, 0.05))[0], atol=1e-7)
+    toy, twice = Toy(), []
+
+    def both(step: int, g: torch.Generator) -> torch.Tensor:
+        first, second = (torch.Generator().manual_seed(2 * step + i) for i in (0, 1))
+        return (toy.loss(step, first) + toy.loss(step, second)) / 2
+
+    train(Plan("toy", 4, 8, 0.05), [toy.p], both)
+    split = Toy()
+    plan = Plan("toy", 4, 8, 0.05, accumulate=2)
+    train(plan, [split.p], lambda step, g: twice.append(step) or split.loss(step, torch.Generator().manual_seed(step)))
+    assert twice == list(range(8)) and torch.allclose(split.p, toy.p, atol=1e-6)
+
+
+class Stopped(BaseException):
+    """As ComfyUI's interrupt: not an Exception."""
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "galore"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_stopped_and_resumed_equals_one_run(tmp_path, optimizer, ema):
+    if optimizer == "galore":
+        pytest.importorskip("pytorch_optimizer")
+    plan = Plan("toy", 12, 8, 0.05, ema=ema, optimizer=optimizer)
+    whole, result = run(plan)
+
+    def stop(done: int, _total: int, _loss: float) -> None:
+        if done in (4, 9):
+            raise Stopped
+
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            run(plan, work=tmp_path, watch=Watch(stop))
+    again, resumed = run(plan, work=tmp_path)
+    assert torch.equal(again, whole) and resumed.losses == result.losses
+    assert [p.name for p in tmp_path.iterdir()] == ["toy.state.safetensors"]
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_loop import Toy
+from comfyui_nibble.training.loop import Plan, Watch, train
+toy = Toy()
+wait = lambda done, total, loss: (print(done, flush=True), time.sleep(0.02))
+train(Plan("toy", 200, 8, 0.05, ema=0.9), [toy.p], toy.loss, Path(sys.argv[1]), Watch(wait), save_every=0)
+"""
+
+
+def test_killed_and_resumed_equals_one_run(tmp_path):
+    plan = Plan("toy", 200, 8, 0.05, ema=0.9)
+    command = [sys.executable, "-c", SCRIPT.format(here=os.path.dirname(__file__)), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if int(line) >= 20:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    steps = []
+    again, result = run(plan, work=tmp_path, watch=Watch(lambda done, _t, _l: steps.append(done)))
+    assert 20 <= steps[0] < 200 and len(result.losses) == 200
+    assert torch.equal(again, run(plan)[0])
+
+
+def test_what_is_refused(tmp_path):
+    run(Plan("toy", 2, 8, 0.05), work=tmp_path)
+    with pytest.raises(ValueError, match=r"toy.state.safetensors is the state of another run. Delete it"):
+        run(Plan("toy", 3, 8, 0.05), work=tmp_path)
+    p = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="not a number at step 1"):
+        train(Plan("nan", 2, 1, 0.1), [p], lambda _s, _g: p.log().sum() * float("inf") * 0)
+    for bad in (dict(steps=0), dict(schedule="linear"), dict(optimizer="sgd"), dict(lr=0.0)):
+        with pytest.raises(ValueError):
+            Plan(**{**dict(name="x", steps=1, batch=1, lr=0.1), **bad})
+
+
+def test_it_asks_for_a_stop_before_every_pass():
+    asked = []
+    run(Plan("toy", 3, 8, 0.05), watch=Watch(check=lambda: asked.append(time.monotonic())))
+    assert len(asked) == 6

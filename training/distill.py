@@ -1,0 +1,271 @@
+"""The five ways of making a model need fewer steps, by one table: what each trains on, and what it minimises.
+
+id            trains on                                        then sampled
+lcm           pictures, or the teacher's own; guided teacher   LCM, 1-8 steps, cfg 1
+lcf           pictures; no teacher                             LCM, 1-8 steps, cfg 1
+reflow        the teacher's noise-picture pairs                Euler, few steps, cfg 1
+one_step      the same pairs                                   Euler, 1 step, cfg 1
+progressive   pictures, or the teacher's own; halved steps     Euler or DDIM, ``steps`` steps, cfg 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as File
+
+import torch
+from torch import Tensor, nn
+
+from . import consistency, paths, progressive, reflow
+from .loop import Plan, Result, Watch, train
+from .paths import Cond, Model, Path
+
+TARGET = 0.95  # decay of the average that is f- in lcm and lcf
+EXTRA = 4  # pairs kept out of training, to measure on
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what. ``student``: the base with its LoRA, whose ``params`` are trained; ``teacher`` without
+    it, or another model. ``cond``: one entry a prompt; ``empty``: the negative one, or None. ``pictures`` (n, ...):
+    latents as the model has them; picture i belongs to prompt i modulo their number. ``shape``: of one latent.
+    """
+
+    student: Model
+    teacher: Model
+    params: Sequence[nn.Parameter]
+    path: Path
+    cond: Cond
+    empty: object | None
+    shape: tuple[int, ...]
+    pictures: Tensor | None = None
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``cfg``: of the teacher. ``steps``: what progressive halves down to, from ``start``; and what lcm and lcf are
+    measured at. ``pairs``: how many the teacher makes, each in ``teacher_steps``. ``about``: see `reflow.Making`.
+    """
+
+    mode: str
+    plan: Plan
+    cfg: float = 3.0
+    steps: int = 4
+    start: int = 16
+    pairs: int = 64
+    teacher_steps: int = 25
+    about: str = ""
+    consistency: consistency.Consistency = field(default_factory=consistency.Consistency)
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"unknown way to distil {self.mode!r}; there are {', '.join(MODES)}")
+        if self.mode == "progressive":
+            progressive.rounds(self.start, self.steps)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``before``, ``after``: mean squared distance of few-step pictures to the teacher's, on pairs that were kept out
+    of training (lcf: to one's own pictures, as their loss). ``losses``: one a step, of all rounds.
+    """
+
+    before: float
+    after: float
+    losses: tuple[float, ...]
+    seconds: float
+
+
+Tell = Callable[[str, int, int], None]  # what, done, total
+
+
+def run(task: Task, settings: Settings, work: File, watch: Watch, tell: Tell = lambda *_: None) -> Outcome:
+    """Trains ``task.params`` in place. ``work``: a folder of this run's own for pairs and state; both are resumed.
+
+    Raises ValueError in one sentence for a mode that needs pictures and has none, and for settings that do not fit.
+    """
+    mode = MODES[settings.mode]
+    if mode.pictures and task.pictures is None:
+        raise ValueError(f"{settings.mode} learns from pictures: connect the latents of some")
+    made = None
+    if mode.pairs or task.pictures is None:
+        made = _pairs(task, settings, work, tell)
+    train_on, held = (None, None) if made is None else _cut(made)
+    before = mode.measure(task, settings, held)
+    results = mode.train(task, settings, train_on, work, watch)
+    losses = tuple(x for r in results for x in r.losses)
+    return Outcome(before, mode.measure(task, settings, held), losses, sum(r.seconds for r in results))
+
+
+def _pairs(task: Task, settings: Settings, work: File, tell: Tell) -> reflow.Pairs:
+    making = reflow.Making(
+        settings.pairs + EXTRA, task.shape, settings.teacher_steps, settings.cfg, settings.plan.seed,
+        about=settings.about,
+    )  # fmt: skip
+
+    def say(done: int, total: int) -> None:
+        tell("pictures of the teacher", done, total)
+
+    return reflow.make((task.teacher, task.path), (task.cond, task.empty), making, work / "pairs", say, task.device)
+
+
+def _cut(made: reflow.Pairs) -> tuple[reflow.Pairs, reflow.Pairs]:
+    """(what is trained on, what is measured on)."""
+    parts = (made.noise, made.x1, made.row)
+    return reflow.Pairs(*(p[:-EXTRA] for p in parts)), reflow.Pairs(*(p[-EXTRA:] for p in parts))
+
+
+def _batch(task: Task, pairs: reflow.Pairs, index: Tensor) -> reflow.Batch:
+    x = (t[index].to(task.device) for t in (pairs.noise, pairs.x1))
+    return reflow.Batch(*x, paths.pick(task.cond, pairs.row[index]))
+
+
+def _pictures(task: Task, pairs: reflow.Pairs | None, count: int) -> consistency.Source:
+    """Batches of pictures with their prompts: the user's, else the teacher's."""
+
+    def source(_step: int, generator: torch.Generator) -> consistency.Batch:
+        own = task.pictures is not None
+        index = torch.randint(len(task.pictures if own else pairs), (count,), generator=generator)
+        x = (task.pictures if own else pairs.x1)[index.to(task.pictures.device if own else "cpu")].to(task.device)
+        rows = index % len(task.cond) if own else pairs.row[index]
+        empty = None if task.empty is None else [task.empty] * count
+        return consistency.Batch(x, paths.pick(task.cond, rows), empty)
+
+    return source
+
+
+def _lcm(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
+    source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
+    loss = consistency.lcd_loss(student, task.teacher, source, task.path, s.consistency)
+    return _consistent(task, s, (loss, targets), work, watch)
+
+
+def _lcf(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
+    student, targets = _averaged(task)
+    loss = consistency.lcf_loss(student, _pictures(task, pairs, s.plan.batch), task.path, s.consistency)
+    return _consistent(task, s, (loss, targets), work, watch)
+
+
+def _averaged(task: Task) -> tuple[consistency.Student, list[nn.Parameter]]:
+    """The student with its moving average, and that average's values."""
+    targets = [nn.Parameter(p.detach().clone(), requires_grad=False) for p in task.params]
+    return consistency.Student(task.student, progressive.held(task.student, task.params, targets)), targets
+
+
+def _consistent(task: Task, s: Settings, what: tuple[Callable, list], work: File, watch: Watch) -> list[Result]:
+    """Trains; the average is handed to the loop as parameters without gradients, so that its state is kept too."""
+    loss, targets = what
+
+    def averaging(step: int, g: torch.Generator) -> Tensor:
+        if step:
+            with torch.no_grad():
+                torch._foreach_lerp_(targets, [p.detach() for p in task.params], 1 - TARGET)
+        return loss(step, g)
+
+    return [train(s.plan, [*task.params, *targets], averaging, work, watch)]
+
+
+def _reflow(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
+    def loss(_step: int, g: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs), (s.plan.batch,), generator=g)
+        t = reflow.uniform(task.path, s.plan.batch, g).to(task.device)
+        return reflow.reflow(task.student, _batch(task, pairs, index), task.path, t)
+
+    return [train(s.plan, task.params, loss, work, watch)]
+
+
+def _one_step(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
+    def loss(_step: int, g: torch.Generator) -> Tensor:
+        index = torch.randint(len(pairs), (s.plan.batch,), generator=g)
+        return reflow.one_step(task.student, _batch(task, pairs, index), task.path)
+
+    return [train(s.plan, task.params, loss, work, watch)]
+
+
+def _progressive(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
+    """One run a halving; the plan's steps are shared evenly between them."""
+    counts = progressive.rounds(s.start, s.steps)
+    source, teacher, out = _pictures(task, pairs, s.plan.batch), None, []
+    for i, count in enumerate(counts):
+        plan = replace(s.plan, name=f"{s.plan.name}-{count}", steps=max(1, s.plan.steps // len(counts)))
+        plan = replace(plan, seed=s.plan.seed + i, warmup=min(plan.warmup, plan.steps // 10))
+        loss = _halving(task, s, source, teacher, count)
+        shown = _shifted(watch, i * plan.steps, len(counts) * plan.steps)
+        out.append(train(plan, task.params, loss, work, shown))
+        kept = [p.detach().clone() for p in task.params]
+        teacher = progressive.held(task.student, task.params, kept)
+    return out
+
+
+def _halving(task: Task, s: Settings, source, teacher: Model | None, count: int) -> Callable:
+    """The loss of one round. ``teacher`` None: the guided one."""
+
+    def loss(step: int, g: torch.Generator) -> Tensor:
+        batch = source(step, g)
+        at = progressive.interval(task.path, count, g, len(batch.x))
+        at = tuple(None if t is None else t.to(task.device) for t in at)
+        noise = torch.randn(batch.x.shape, generator=g).to(task.device)
+        first = (task.teacher, batch.cond, batch.empty, s.cfg)
+        answer = paths.guided(*(first if teacher is None else (teacher, batch.cond, None, 1.0)))
+        z = task.path.noised(batch.x, noise, at[0])
+        return progressive.loss(paths.guided(task.student, batch.cond, None, 1.0), answer, task.path, z, at)
+
+    return loss
+
+
+def _shifted(watch: Watch, before: int, total: int) -> Watch:
+    return replace(watch, step=lambda done, _total, loss: watch.step(before + done, total, loss))
+
+
+@torch.no_grad()
+def _by_lcm(task: Task, s: Settings, held: reflow.Pairs | None) -> float:
+    """Distance of LCM pictures to the teacher's; without pairs the consistency loss on the pictures, noise fixed."""
+    g = torch.Generator().manual_seed(s.plan.seed)
+    if held is None:
+        student = consistency.Student(task.student, task.student)
+        pairs = [_pictures(task, None, min(8, len(task.pictures)))(0, g) for _ in range(2)]
+        drawn = [consistency.draw(b.x, task.path, s.consistency, g) for b in pairs]
+        losses = [consistency.lcf(student, b, d, task.path, s.consistency) for b, d in zip(pairs, drawn, strict=True)]
+        return float(sum(losses) / len(losses))
+    batch = _batch(task, held, torch.arange(len(held)))
+    stops = paths.times(len(task.path), s.steps, len(task.path) // s.consistency.skip)
+    x = consistency.sample(task.student, task.path, batch.noise, batch.cond, stops, g)
+    return float((x - batch.x1).square().mean())
+
+
+def _by_euler(count: Callable[[Settings], int]) -> Callable:
+    @torch.no_grad()
+    def measure(task: Task, s: Settings, held: reflow.Pairs) -> float:
+        """Distance of the student's Euler pictures to the teacher's, from the same noise."""
+        if held is None:
+            return float("nan")
+        batch = _batch(task, held, torch.arange(len(held)))
+        answer = paths.guided(task.student, batch.cond, None, 1.0)
+        _, answers = paths.follow(answer, task.path, batch.noise, paths.even(len(task.path), count(s)))
+        return float((answers[-1] - batch.x1).square().mean())
+
+    return measure
+
+
+@dataclass(frozen=True)
+class Mode:
+    """``pictures``: it cannot do without the user's. ``pairs``: it needs the teacher's, whatever the user has."""
+
+    train: Callable
+    measure: Callable
+    summary: str
+    pictures: bool = False
+    pairs: bool = False
+
+
+MODES: dict[str, Mode] = {
+    "lcm": Mode(_lcm, _by_lcm, "LCM-LoRA: 1-8 steps with the LCM sampler at cfg 1"),
+    "lcf": Mode(_lcf, _by_lcm, "consistency fine-tuning on your pictures: LCM sampler at cfg 1", pictures=True),
+    "reflow": Mode(
+        _reflow, _by_euler(lambda s: s.steps), "straight trajectories: few Euler steps at cfg 1", pairs=True
+    ),
+    "one_step": Mode(_one_step, _by_euler(lambda s: 1), "one Euler step at cfg 1", pairs=True),
+    "progressive": Mode(_progressive, _by_euler(lambda s: s.steps), "steps halved again and again: Euler at cfg 1"),
+}

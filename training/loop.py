@@ -1,0 +1,205 @@
+"""One resumable, deterministic training loop for everything that this pack trains.
+
+A caller gives ``loss(step, generator) -> Tensor``; everything random in it comes from ``generator``, which is seeded by
+(seed, step), so a run that was stopped and resumed equals one that was not. With ``accumulate`` n one update is the
+mean of n calls, and ``step`` counts calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import optimizers
+from .state import State
+
+log = logging.getLogger(__name__)
+COSINE, CONSTANT = "cosine", "constant"
+SCHEDULES = (COSINE, CONSTANT)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hyper-parameters of one run. ``ema`` 0 keeps the last weights instead of their average; ``clip`` 0: no clipping.
+
+    ``loss_scale``: the loss is multiplied by it and gradients divided again, for models that compute in float16.
+    Raises ValueError for values outside their range.
+    """
+
+    name: str
+    steps: int
+    batch: int
+    lr: float
+    warmup: int = 100
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    seed: int = 0
+    schedule: str = COSINE
+    accumulate: int = 1
+    clip: float = 1.0
+    optimizer: str = "adamw"
+    loss_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch < 1 or self.accumulate < 1 or self.lr <= 0:
+            raise ValueError("A run needs at least one step, a batch of one, no fewer accumulated and a rate over 0")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"Schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
+        if self.optimizer not in optimizers.OPTIMIZERS:
+            raise ValueError(f"Optimizer {self.optimizer!r} is none of {', '.join(optimizers.OPTIMIZERS)}")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How the outside follows a run: ``step(done, total, loss)`` after each, ``check`` before each forward and backward
+    pass. Both may raise to stop it; what was reached is kept in ``work``.
+    """
+
+    step: Callable[[int, int, float], None] = lambda _done, _total, _loss: None
+    check: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Result:
+    """``losses``: one a step, those before a resumption too. ``seconds``: of all parts of the run together."""
+
+    losses: tuple[float, ...] = field(repr=False)
+    seconds: float
+
+
+def learning_rate(plan: Plan, step: int) -> float:
+    """Linear warm-up, then a cosine to 1 % of the peak, or the peak."""
+    if step < plan.warmup:
+        return plan.lr * (step + 1) / plan.warmup
+    if plan.schedule == CONSTANT:
+        return plan.lr
+    x = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return plan.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * x)))
+
+
+def generator(plan: Plan, step: int) -> torch.Generator:
+    """The source of everything random in call ``step``."""
+    return torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+
+
+class Average:
+    """Exponential moving average of parameters, with the usual ramp so that the first steps do not count. With decay 0
+    it holds nothing.
+    """
+
+    def __init__(self, params: Sequence[torch.nn.Parameter], decay: float):
+        self.params, self.decay = list(params), decay
+        self.values = [p.detach().clone() for p in params] if decay else []
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if self.values:
+            d = min(self.decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.values, [p.detach() for p in self.params], 1 - d)
+
+    @torch.no_grad()
+    def copy_to(self) -> None:
+        if self.values:
+            for p, v in zip(self.params, self.values, strict=True):
+                p.copy_(v)
+
+
+def train(
+    plan: Plan,
+    params: Sequence[torch.nn.Parameter],
+    loss: Callable[[int, torch.Generator], Tensor],
+    work: Path | None = None,
+    watch: Watch = Watch(),
+    save_every: float = 120.0,
+) -> Result:
+    """Runs ``plan`` to its end and leaves the averaged weights in place. ``work``: folder of the resumable state
+    ``<plan.name>.state.safetensors``, saved every ``save_every`` seconds, at the end and when the run is stopped; None
+    keeps none.
+
+    Raises ValueError when the loss is not finite, or when ``work`` holds the state of another plan.
+    """
+    params = list(params)
+    run = _Run(plan, params, loss, watch)
+    state = None if work is None else State(work / f"{plan.name}.state.safetensors", plan, params)
+    if state is not None:
+        run.resume(state)
+    began = saved = time.monotonic()
+    before = run.seconds
+    try:
+        while len(run.losses) < plan.steps:
+            run.backward()
+            run.update()
+            run.tell()
+            now = time.monotonic()
+            run.seconds = before + now - began
+            if state is not None and (now - saved >= save_every or len(run.losses) == plan.steps):
+                run.save(state)
+                saved = now
+    except BaseException:
+        if state is not None and run.whole:
+            run.save(state)
+        raise
+    run.average.copy_to()
+    return Result(tuple(run.losses), run.seconds)
+
+
+class _Run:
+    """What one run has reached. ``whole``: no update is half done, so the state may be saved."""
+
+    def __init__(self, plan: Plan, params: list[torch.nn.Parameter], loss, watch: Watch):
+        self.plan, self.params, self.loss, self.watch = plan, params, loss, watch
+        self.optimizer = optimizers.make(plan, params)
+        self.average = Average(params, plan.ema)
+        self.losses: list[float] = []
+        self.seconds, self.whole, self.value = 0.0, True, 0.0
+
+    def backward(self) -> None:
+        """Gradients of one update."""
+        plan, done = self.plan, len(self.losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.value = 0.0
+        for call in range(done * plan.accumulate, (done + 1) * plan.accumulate):
+            self.watch.check()
+            value = self.loss(call, generator(plan, call)) / plan.accumulate
+            self.value += value.item()
+            if not math.isfinite(self.value):
+                raise ValueError(f"The loss is not a number at step {done + 1}. Train with a lower learning rate")
+            self.watch.check()
+            (value * plan.loss_scale).backward()
+
+    def update(self) -> None:
+        plan, done = self.plan, len(self.losses)
+        self.whole = False
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(plan, done)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if plan.loss_scale != 1:
+            torch._foreach_div_(grads, plan.loss_scale)
+        norm = torch.nn.utils.clip_grad_norm_(self.params, plan.clip) if plan.clip else torch.zeros(())
+        if torch.isfinite(norm):
+            self.optimizer.step()
+        else:
+            log.warning("step %d is left out: its gradients are not finite", done + 1)
+        self.average.update(done)
+        self.losses.append(self.value)
+        self.whole = True
+
+    def tell(self) -> None:
+        done, total = len(self.losses), self.plan.steps
+        if done % 50 == 0 or done == total:
+            recent = self.losses[-50:]
+            log.info("%s %d/%d loss %.5f  %.0f s", self.plan.name, done, total, sum(recent) / len(recent), self.seconds)
+        self.watch.step(done, total, self.losses[-1])
+
+    def save(self, state: State) -> None:
+        state.save(self.optimizer, self.average.values, self.losses, self.seconds)
+
+    def resume(self, state: State) -> None:
+        self.losses, self.seconds = state.load(self.optimizer, self.average.values)
