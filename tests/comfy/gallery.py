@@ -59,12 +59,12 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "ControlNet.", None),
     "controlnet-depth": ("# A depth map steers a 4-bit model\nAs with a sketch. Needs SD1.5 and its depth ControlNet.",
         None),
-    "train-lora": ("# A LoRA of your own\nTrains on 48 captioned pictures, on the 4-bit model, which stays as it is; two to "
-        "five minutes on a CPU. Put your folder in input/ and choose it.", "11"),
-    "distill": ("# Fewer steps, trained here\nLatent consistency distillation of the 4-bit model from its 16-bit teacher, "
-        "into a LoRA. A minute or two on a CPU; real models want thousands of updates.", "14"),
-    "refine": ("# Closer to the original\nTunes scales and low-rank factors of the 4-bit model against the 16-bit one. "
-        "Below: LoftQ, a 4-bit base and a LoRA whose sum is closest.", "7"),
+    "train-lora": ("# A LoRA of your own\nTrains on 48 captioned pictures, on the 4-bit model, which stays as it "
+        "is; two to five minutes on a CPU. Put your folder in input/ and choose it.", "11"),
+    "distill": ("# Fewer steps, trained here\nLatent consistency distillation of the 4-bit model from its 16-bit "
+        "teacher, into a LoRA. A minute or two on a CPU; real models want thousands of updates.", "14"),
+    "refine": ("# Closer to the original\nTunes scales and low-rank factors of the 4-bit model against the 16-bit "
+        "one. Below: LoftQ, a 4-bit base and a LoRA whose sum is closest.", "7"),
     "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
         "two reports.", None),
     "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "
