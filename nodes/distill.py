@@ -97,8 +97,8 @@ class NibbleDistill(io.ComfyNode):
                                "Nothing connected: the model itself, which takes no memory of its own."),
                 io.Latent.Input("latent", tooltip="Empty Latent Image: the size, and the teacher draws what is learned "
                                 "from. VAE Encode: your own pictures (needed for lcf)."),
-                io.Combo.Input("way", options=list(MODES), default="lcm", tooltip=" · ".join(
-                    f"{name}: {mode.summary}" for name, mode in MODES.items())),
+                io.Combo.Input("way", options=list(MODES), default="lcm", tooltip=" ".join(
+                    f"{name}: {mode.summary}." for name, mode in MODES.items())),
                 io.Int.Input("updates", default=300, min=1, max=1_000_000, tooltip="Updates of the LoRA. A few hundred "
                              "show an effect, thousands are usual for big models."),
                 io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures looked at in one update."),
