@@ -40,7 +40,7 @@ def dense(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
     return weight.to(device=device, dtype=dtype)
 
 
-class _Frozen(torch.autograd.Function):
+class Frozen(torch.autograd.Function):
     """A frozen linear: its own forward, the gradient of the dense product."""
 
     @staticmethod
@@ -166,7 +166,7 @@ class Adapters:
 
         def forward(x: Tensor) -> Tensor:
             self.check()
-            y = _Frozen.apply(x, product, effective)
+            y = Frozen.apply(x, product, effective)
             return y if factors is None or not self.active else y + factors(x).to(y.dtype)
 
         return forward

@@ -20,7 +20,7 @@ from ..quant import kernels, svdquant
 from ..quant.awq import AWQWeight
 from ..quant.packing import unpack_signed, unpack_unsigned
 from ..quant.svdquant import GROUP, SVDQuantWeight
-from .adapters import _Frozen, dense, linears
+from .adapters import Frozen, dense, linears
 
 
 class _Product(torch.autograd.Function):
@@ -189,7 +189,7 @@ def _kept(layer: nn.Module, product: Callable, check: Callable[[], None]) -> Cal
         check()
         return dense(layer, dtype, device)
 
-    return lambda x: _Frozen.apply(x, product, effective)
+    return lambda x: Frozen.apply(x, product, effective)
 
 
 def _ordinary(w: SVDQuantWeight | AWQWeight) -> SVDQuantWeight | AWQWeight:

@@ -13,7 +13,7 @@ COLUMN, ROW, WIDTH = 340, 40, 300
 # Nodes that show what they made grow once they ran, and must not cover what lies below.
 GROWS = {
     "SaveImage": 260, "PreviewImage": 260, "ImageCompare": 260, "NibbleCompareImages": 280, "NibbleProfiler": 620,
-    "PreviewAny": 160, "NibbleCalibrate": 60,
+    "PreviewAny": 160, "LoadImage": 260, "NibbleCalibrate": 60,
 }  # fmt: skip
 
 
