@@ -29,6 +29,7 @@ MARGIN = 12
 AWAY = (1000, 980)  # where the mouse points at nothing
 WITHOUT_RESULT = [name for name, (_, picture) in gallery.NOTES.items() if picture is None]
 LOADERS = {
+    "NibbleLoadCheckpoint": "checkpoints", "NibbleInspect": "", "NibbleConvert": "",
     "CheckpointLoaderSimple": "checkpoints", "UNETLoader": "diffusion_models", "NibbleLoadModel": "diffusion_models",
     "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders", "VAELoader": "vae",
     "CLIPVisionLoader": "clip_vision", "LoraLoaderModelOnly": "loras",

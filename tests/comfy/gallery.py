@@ -65,6 +65,10 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "teacher, into a LoRA. A minute or two on a CPU; real models want thousands of updates.", "14"),
     "refine": ("# Closer to the original\nTunes scales and low-rank factors of the 4-bit model against the 16-bit "
         "one. Below: LoftQ, a 4-bit base and a LoRA whose sum is closest.", "7"),
+    "checkpoint-4bit": ("# A whole checkpoint in 4 bits\nModel, CLIP and VAE from one file. Make it once: *nibble "
+        "quantize v1-5-pruned-emaonly-fp16.safetensors --out models/checkpoints/sd15-4bit.safetensors*.", None),
+    "convert": ("# A published 4-bit file in ComfyUI's own layout\nInspect says what a file is and who wrote it; "
+        "Convert writes it again under ComfyUI's names, codes untouched. Needs nunchaku's FLUX.1-schnell.", None),
     "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
         "two reports.", None),
     "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "

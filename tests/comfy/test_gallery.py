@@ -81,18 +81,32 @@ def test_pictures_are_drawn_over(name, server):
         assert red[0] - red[1] > 0.2 and green[1] > green[0]
 
 
-@pytest.mark.parametrize("name", ["controlnet-sketch", "controlnet-depth"])
-def test_controlnet_workflows_are_valid(name, server):
-    """ComfyUI takes the graph once files of these names are there, and their links are given."""
-    graph = gallery.api(name)
-    made = []
+PATHS = {"ckpt_name": "checkpoints/", "file": ""}  # inputs that name a file without a row of models -> where it lies
+
+
+def needed(graph: dict) -> set[str]:
+    """The model files that a workflow names, as folder/name; their links must be there."""
+    out = set()
     for node in graph.values():
-        for row in node["_meta"].get("models", []):
-            path = server.models(row["directory"]) / row["name"]
-            assert row["url"].startswith("https://huggingface.co/") and row["url"].endswith(row["name"])
-            if not path.exists():
-                save_file({"nothing": torch.zeros(1)}, path)
-                made.append(path)
+        rows = node["_meta"].get("models", [])
+        for row in rows:
+            assert row["url"].startswith("https://huggingface.co/")
+            out.add(f"{row['directory']}/{row['name']}")
+        out |= {PATHS[key] + value for key, value in node["inputs"].items() if key in PATHS}
+    return out
+
+
+@pytest.mark.parametrize(
+    "name", ["controlnet-sketch", "controlnet-depth", "checkpoint-4bit", "convert", "load-nunchaku"]
+)
+def test_workflows_with_models_to_get_are_valid(name, server):
+    """ComfyUI takes the graph once files of these names are there."""
+    graph, made = gallery.api(name), []
+    for file in needed(graph):
+        path = server.models(file.split("/")[0]) / file.split("/")[1]
+        if not path.exists():
+            save_file({"nothing": torch.zeros(1)}, path)
+            made.append(path)
     picture = server.base / "input" / "example.png"
     picture.parent.mkdir(exist_ok=True)
     Image.new("RGB", (64, 64)).save(picture)
@@ -101,3 +115,8 @@ def test_controlnet_workflows_are_valid(name, server):
     finally:
         for path in [*made, picture]:
             path.unlink()
+
+
+def test_every_node_stands_in_a_workflow(object_info):
+    used = {n["class_type"] for name in FILES for n in gallery.api(name).values()}
+    assert {id for id, info in object_info.items() if info["python_module"].endswith("ComfyUI-Nibble")} <= used
