@@ -51,9 +51,8 @@ def read(path: str | Path) -> Header:
     with path.open("rb") as f:
         start = f.read(9)
     if start[:4] == b"GGUF":
-        raise CheckpointError(
-            path.name, "this is a GGUF file", "Load it with a GGUF loader; this one reads safetensors"
-        )
+        rename = "" if path.suffix == ".gguf" else "Let its name end in .gguf, and "
+        raise CheckpointError(path.name, "this is a GGUF file", rename + "load it with Load 4-bit Model")
     # A safetensors header's length can start with the same bytes; its JSON follows at byte 8.
     if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise CheckpointError(

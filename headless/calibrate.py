@@ -56,7 +56,10 @@ def pipeline_folder(given: Path, source: Source) -> Path:
     for folder in (given, given.parent):
         if (folder / "model_index.json").is_file():
             return folder
-    remedy = "Give the diffusers pipeline folder, calibrate in ComfyUI (NibbleCalibrate), or use --preset data_free"
+    remedy = (
+        "Give the diffusers pipeline folder, calibrate in ComfyUI (the node Calibrate to 4-bit), or use "
+        "--preset data_free"
+    )
     raise CheckpointError(source.name, "calibration must run the model, and this is a file without a pipeline", remedy)
 
 

@@ -48,9 +48,8 @@ class NibbleCalibrate(io.ComfyNode):
                     "preset",
                     options=list(presets.OFFERED),
                     default=presets.DEFAULT,
-                    tooltip="data_free: from the weights alone, seconds. fast: calibrated, minutes. best: "
-                    "about twice as "
-                    "long, a little closer.",
+                    tooltip="data_free: from the weights alone, seconds. fast: calibrated. best: solving takes about "
+                    "three times as long, a little closer.",
                 ),
                 io.Combo.Input(
                     "target",
@@ -179,7 +178,9 @@ class NibbleCalibrationPrompts(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("prompts", display_name="prompts", tooltip="One prompt a line: connect to Calibrate.")
+                io.String.Output(
+                    "prompts", display_name="prompts", tooltip="One prompt a line: connect to Calibrate to 4-bit."
+                )
             ],
         )
 

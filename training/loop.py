@@ -49,7 +49,7 @@ class Plan:
 
     def __post_init__(self):
         if self.steps < 1 or self.batch < 1 or self.accumulate < 1 or self.lr <= 0:
-            raise ValueError("A run needs at least one step, a batch of one, no fewer accumulated and a rate over 0")
+            raise ValueError("Steps, batch and accumulate must be 1 or more, and the learning rate above 0")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
         if self.optimizer not in optimizers.OPTIMIZERS:

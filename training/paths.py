@@ -90,7 +90,7 @@ def times(points: int, steps: int, grid: int) -> list[int]:
     ComfyUI's LCM samplers stop. Raises ValueError for more steps than the grid has.
     """
     if not 0 < steps <= grid <= points:
-        raise ValueError(f"{steps} steps do not fit a grid of {grid} points out of {points}")
+        raise ValueError(f"{steps} steps do not fit a grid of {grid} points out of {points}. Take at most {grid} steps")
     width = points // grid
     return [(grid - (i * grid) // steps) * width - 1 for i in range(steps)]
 

@@ -26,8 +26,8 @@ def resident(model):
     if not model.is_dynamic():
         return model.clone()
     if model.cached_patcher_init is None:
-        raise ValueError("This model was made inside the workflow. Save it, load the file, or start ComfyUI with "
-                         "--disable-dynamic-vram")  # fmt: skip
+        raise ValueError("This model was made inside the workflow, so it cannot be loaded again for training. Save "
+                         "it and load the file, or start ComfyUI with --disable-dynamic-vram")  # fmt: skip
     return model.clone(disable_dynamic=True)
 
 

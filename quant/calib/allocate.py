@@ -83,7 +83,7 @@ def fit(
     """A plan for every layer whose bytes together stay within ``budget`` and whose weighted error is least.
 
     ``weights``: what a unit of a layer's relative error costs (all alike if not given). Raises ValueError when even the
-    cheapest options do not fit, with the bytes they need.
+    cheapest options do not fit, with what they need.
     """
     weights = weights or {}
     hulls = {n: hull(o) for n, o in options.items()}
@@ -91,7 +91,8 @@ def fit(
     spent = sum(h[0].nbytes for h in hulls.values())
     if spent > budget:
         raise ValueError(
-            f"the budget of {budget} bytes is less than the {spent} bytes of the smallest choice for every layer"
+            f"the budget of {budget / 2**20:.1f} MiB is less than the {spent / 2**20:.1f} MiB of the smallest choice "
+            "for every layer; raise it, or set it to 0 and lower the rank"
         )
     heap: list[tuple[float, str]] = []
 

@@ -187,7 +187,7 @@ SENTENCES = {
     "truncated": r"^truncated\.safetensors: not a whole safetensors file \(it is truncated\)\. Download",
     "not_safetensors": r"^not_safetensors\.safetensors: not a whole safetensors file \(its header is not valid\)\.",
     "pickle": r"^pickle\.safetensors: this is a pickle .*Convert it to safetensors first",
-    "gguf": r"^gguf\.safetensors: this is a GGUF file\. Load it with a GGUF loader",
+    "gguf": r"^gguf\.safetensors: this is a GGUF file\. Let its name end in \.gguf, and load it with",
     "empty": r"^empty\.safetensors: not a whole safetensors file",
     "wrong_shape": LAYER
     + r"svdquant_w4a4: wscales has shape \(3, 64\), expected \(1, 64\) for N=64, K=64\. Write the file again",

@@ -28,8 +28,8 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "checkpoint, put its loader in place of the demo's.", "13"),
     "compare": ("# 16 bits against 4 bits\nThe same pictures twice: how far apart they are, how long each took, what "
         "each weighs. White in the heat map is a difference of a quarter of the range or more.", "14"),
-    "profile": ("# Where the time and the memory went\nThe profiler goes last; Estimate says before a run whether it "
-        "will fit.", "8"),
+    "profile": ("# Where the time and the memory went\nThe profiler goes last; Will it Fit? says before a run whether "
+        "it will fit.", "8"),
     "few-step": ("# Four steps instead of 25\nThe sampler finds the preset that belongs to the model's LoRA. Below: "
         "the same with the parts that it is made of.", "8"),
     "few-step-parts": ("# Few steps by hand\nSigmas from a list of timesteps, and the TCD sampler. The chart shows how "
@@ -47,9 +47,10 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "embedding: one evaluation a step.", None),
     "instaflow": ("# InstaFlow: one straight step\nA rectified flow in SD1.5's UNet. Needs the unet of "
         "huggingface.co/XCLiu/instaflow_0_9B_from_sd_1_5 in models/diffusion_models, under the name below.", None),
-    "perflow-sdxl": ("# PeRFlow SDXL in four steps\nPiecewise straight: exact where two windows meet.", None),
+    "perflow-sdxl": ("# PeRFlow SDXL in six steps\nThe way from noise to picture in four straight pieces.", None),
     "load-nunchaku": ("# A file made by another tool\nNunchaku, Nunchaku Lite, NF4 and GGUF files load as they are, "
-        "codes untouched; Convert writes them in ComfyUI's own contract. Needs nunchaku's FLUX.1-schnell.", None),
+        "codes untouched; Convert 4-bit File writes them in ComfyUI's own layout. Needs nunchaku's "
+        "FLUX.1-schnell.", None),
     "image-to-image": ("# From a picture to a picture\nThe 4-bit model noises the first picture to 70 % and draws the "
         "second from there. Put *Load Image* in place of the first sampler for a picture of yours.", "12"),
     "inpaint": ("# Drawing a part anew\nOnly what the mask covers is drawn; the rest stays to the pixel. Put *Load "
@@ -67,8 +68,9 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "one. Below: LoftQ, a 4-bit base and a LoRA whose sum is closest.", "7"),
     "checkpoint-4bit": ("# A whole checkpoint in 4 bits\nModel, CLIP and VAE from one file. Make it once: *nibble "
         "quantize v1-5-pruned-emaonly-fp16.safetensors --out models/checkpoints/sd15-4bit.safetensors*.", None),
-    "convert": ("# A published 4-bit file in ComfyUI's own layout\nInspect says what a file is and who wrote it; "
-        "Convert writes it again under ComfyUI's names, codes untouched. Needs nunchaku's FLUX.1-schnell.", None),
+    "convert": ("# A published 4-bit file in ComfyUI's own layout\nInspect Model File says what a file is and who "
+        "wrote it; Convert 4-bit File writes it again under ComfyUI's names, codes untouched. Needs "
+        "nunchaku's FLUX.1-schnell.", None),
     "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
         "two reports.", None),
     "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "

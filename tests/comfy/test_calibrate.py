@@ -161,7 +161,7 @@ def test_a_byte_budget_holds(server, float_model):
 
 def test_a_budget_that_cannot_be_met_says_what_it_takes(server, float_model):
     result = server.run(calibrated("flux", float_model("flux"), budget_mib=1))
-    assert result.status == "error" and "bytes of the smallest choice for every layer" in result.error
+    assert result.status == "error" and "of the smallest choice for every layer; raise it" in result.error
 
 
 class TestInterrupt:
