@@ -39,7 +39,7 @@ def test_greedy_equals_brute_force_on_separable_costs():
 
 
 def test_a_budget_below_the_smallest_choice_says_what_it_takes():
-    with pytest.raises(ValueError, match="budget of 1.5 MiB is less than the 2.0 MiB"):
+    with pytest.raises(ValueError, match=r"budget of 1\.5 MiB is less than the 2\.0 MiB"):
         allocate.fit({"a": [option(2**20, 1.0)], "b": [option(2**20, 1.0)]}, 3 * 2**19)
 
 
