@@ -4,6 +4,7 @@ Playwright drives the system's Chromium: its own downloads are not needed. Every
 renderers: litegraph's canvas, and Vue ("Nodes 2.0").
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -33,7 +34,9 @@ def server(tmp_path_factory):
     """A ComfyUI of its own: it keeps the browser's settings. Its cache holds every workflow, so that the second
     renderer shows what the first has computed.
     """
-    running = of_comfyui().start(tmp_path_factory.mktemp("browser"), "--cache-lru", "200")
+    comfyui = of_comfyui()
+    running = comfyui.start(tmp_path_factory.mktemp("browser"), "--cache-lru", "200")
+    shutil.copytree(comfyui.COMFYUI / "input", running.base / "input", dirs_exist_ok=True)  # the picture it comes with
     yield running
     running.process.terminate()
     running.process.wait(30)

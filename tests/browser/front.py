@@ -102,6 +102,19 @@ class Front:
         self.page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", node)
         self.page.wait_for_timeout(FRAMES)
 
+    def look(self, node: int) -> None:
+        """Puts ``node`` in the middle, in full size: the classic renderer hides widgets made of HTML when far away."""
+        self.page.evaluate(
+            """([id, width, height]) => {
+                const {pos, size} = app.graph.getNodeById(id);
+                const offset = [width / 2 - pos[0] - size[0] / 2, height / 2 - pos[1] - size[1] / 2];
+                Object.assign(app.canvas.ds, {scale: 1, offset});
+                app.canvas.setDirty(true, true);
+            }""",
+            [node, VIEW["width"], VIEW["height"]],
+        )
+        self.page.wait_for_timeout(FRAMES)
+
     def fit(self) -> None:
         self.page.evaluate("app.canvas.deselectAll()")
         self.command("Comfy.Canvas.FitView")
@@ -130,6 +143,7 @@ class Front:
             const image = LiteGraph.vueNodesMode ? vue : app.graph.getNodeById(id)?.imgs?.[0];
             return image?.complete && image.naturalWidth ? image : null;
         }"""
+        self.fit()  # the classic renderer asks for pictures of nodes in view only
         self.page.wait_for_function(shown, arg=node, timeout=20_000)
         data = self.page.evaluate(
             f"""async id => {{

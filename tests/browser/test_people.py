@@ -98,7 +98,8 @@ def test_the_profilers_widget_shows_the_run(profiled):
     assert "Profile this Run (Nibble)" in titles
     assert "cached" in widget.inner_text() and "KSampler" in widget.inner_text()
     assert widget.locator("svg polygon").count() == 1
-    profiled.fit()
+    profiled.look(profiled.page.evaluate("app.graph.nodes.find(n => n.type === 'NibbleProfiler').id"))
+    widget.wait_for(timeout=10_000)
     box = widget.bounding_box()
     assert box["width"] > 100 and box["height"] > 50
     assert profiled.errors == []

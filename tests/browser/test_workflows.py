@@ -36,6 +36,14 @@ def number(name: str, node: str) -> int:
     return list(gallery.api(name)).index(node) + 1
 
 
+def without_views(prompt: dict) -> dict:
+    """Without what a widget of the front end keeps for itself, such as the pictures of its slider."""
+    return {
+        id: {**node, "inputs": {k: v for k, v in node["inputs"].items() if not isinstance(v, dict)}}
+        for id, node in prompt.items()
+    }
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_it_opens_and_queues_what_its_twin_says(front, name):
     """No missing node, no error of ours in the console, and every value and link where it belongs."""
@@ -67,7 +75,7 @@ def test_it_runs_and_shows_what_was_asked_for(front, name):
     front.load(workflow(name))
     queued = front.prompt()
     front.run()
-    assert front.prompt() == queued, "running it has changed a value, for example a seed"
+    assert without_views(front.prompt()) == without_views(queued), "running it has changed a value, for example a seed"
     node, caption = SHOWS[name]
     picture = front.image(number(name, node))
     pictures = [picture[-SIDE:, :SIDE]]
