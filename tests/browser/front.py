@@ -11,7 +11,7 @@ from PIL import Image
 
 VIEW = {"width": 1600, "height": 1000}
 READY = "window.app?.graph && app.vueAppReady && app.extensionManager?.setting"
-WAIT = 120_000  # ms; the longest workflow on two busy cores
+WAIT = 900_000  # ms; the longest workflow, one that trains, on two busy cores
 FRAMES = 400  # ms, for what the front end does between frames
 # The front end's own complaints on a ComfyUI without this pack: files of a user that do not exist yet, a graph asked
 # for too early, looking up a model's size on the internet, which ComfyUI's headers forbid, and asking for a help page

@@ -20,9 +20,11 @@ SHOWS = {
     "lora-stack": ("11", "red apple"),
     "profile": ("8", "red apple"),
     "quickstart": ("7", "red apple"),
+    "distill": ("14", "red apple"),
+    "refine": ("16", "red apple"),
+    "train-lora": ("11", "red apple"),
 }
-SLOW = {"train-lora", "distill", "refine"}  # they train: only opened here, and run by the tests of their nodes
-ON_THE_DEMO = [name for name in FILES if gallery.NOTES[name][1] and name not in SLOW]
+ON_THE_DEMO = [name for name in FILES if gallery.NOTES[name][1]]
 SIDE = 128
 REFERENCES = recognise.load()
 

@@ -65,7 +65,7 @@ NOTES: dict[str, tuple[str, str | None]] = {
     "distill": ("# Fewer steps, trained here\nLatent consistency distillation of the 4-bit model from its 16-bit "
         "teacher, into a LoRA. A minute or two on a CPU; real models want thousands of updates.", "14"),
     "refine": ("# Closer to the original\nTunes scales and low-rank factors of the 4-bit model against the 16-bit "
-        "one. Below: LoftQ, a 4-bit base and a LoRA whose sum is closest.", "7"),
+        "one. Below: LoftQ, a 4-bit base and a LoRA whose sum is closest.", "16"),
     "checkpoint-4bit": ("# A whole checkpoint in 4 bits\nModel, CLIP and VAE from one file. Make it once: *nibble "
         "quantize v1-5-pruned-emaonly-fp16.safetensors --out models/checkpoints/sd15-4bit.safetensors*.", None),
     "convert": ("# A published 4-bit file in ComfyUI's own layout\nInspect Model File says what a file is and who "
