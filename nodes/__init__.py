@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, convert, distill, lora, metrics, models, profiling, prompts, sampling, training
+from . import (
+    calibrate,
+    convert,
+    distill,
+    lora,
+    metrics,
+    models,
+    profiling,
+    prompt_set,
+    prompts,
+    sampling,
+    slim,
+    training,
+)
 from .bridge import history
 
-TOPICS = (models, convert, calibrate, sampling, lora, profiling, metrics, prompts, training, distill)
+TOPICS = (models, convert, calibrate, sampling, lora, profiling, metrics, prompts, prompt_set, training, distill, slim)
 
 
 class NibbleExtension(ComfyExtension):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "server", "nodes"}
-CORE = {"training", "lora", "sampling", "prompts", "profiling", "metrics", "checkpoints", "quant", "demo"}
+CORE = {"training", "lora", "sampling", "slim", "prompts", "profiling", "metrics", "checkpoints", "quant", "demo"}
 ALLOWED = {
     "": {"nodes"},
     "nodes": CORE,
@@ -16,6 +16,7 @@ ALLOWED = {
     "lora": {"checkpoints.families", "quant"},
     "checkpoints": {"quant"},
     "demo": {"metrics", "training"},
+    "slim": {"quant"},  # its truncated singular value decomposition
     "quant": set(),
     "prompts": set(),
     "sampling": set(),
