@@ -22,6 +22,7 @@ SHOWS = {
     "quickstart": ("7", "red apple"),
     "distill": ("14", "red apple"),
     "refine": ("16", "red apple"),
+    "slim": ("13", "red apple"),
     "train-lora": ("11", "red apple"),
 }
 ON_THE_DEMO = [name for name in FILES if gallery.NOTES[name][1]]

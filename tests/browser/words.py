@@ -26,6 +26,7 @@ WORDS = {
     "NibbleProfileModel": ("benchmark", "steps"),
     "NibbleProfiler": ("speed", "memory"),
     "NibblePromptList": ("wildcards", "batch prompts"),
+    "NibblePromptSet": ("dataset", "benchmark prompts"),
     "NibbleRefine": ("refine", "better quality"),
     "NibbleSamplerPeRFlow": ("reflow", "perflow"),
     "NibbleSamplerTCD": ("tcd", "trajectory"),
@@ -33,6 +34,7 @@ WORDS = {
     "NibbleSaveModel": ("export", "save"),
     "NibbleScores": ("metrics", "evaluate"),
     "NibbleSigmasFromTimesteps": ("timesteps", "schedule"),
+    "NibbleSlimUNet": ("faster", "lightweight"),
     "NibbleStraightness": ("straightness", "trajectory"),
     "NibbleTrainLora": ("train", "own pictures"),
 }

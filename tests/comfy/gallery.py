@@ -73,6 +73,11 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "nunchaku's FLUX.1-schnell.", None),
     "compare-runs": ("# Two saved runs, side by side\nRun *profile* twice with other settings first, then choose the "
         "two reports.", None),
+    "slim": ("# A slimmer UNet, in 4 bits\nFewer keys in self-attention, a cheaper form of 3x3 convolutions; the "
+        "report says what each block saves and costs. Left without, then with, then how they differ. For SD1.5 and "
+        "SDXL, put their loader in place of the demo's.", "13"),
+    "prompt-set": ("# Prompts of a published list\nSome to calibrate with, others to evaluate with, no picture in "
+        "both. Needs MJHQ-30K's meta_data.json in input/; the node says where it is published.", None),
     "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "
         "model.", None),
 }  # fmt: skip
