@@ -11,7 +11,8 @@ from pathlib import Path
 
 from . import train
 
-WAYS = ("lcm", "lcf", "reflow", "one_step", "progressive")  # training.distill.MODES, said again as --help needs it
+# training.distill.MODES, said again as --help needs it
+WAYS = ("lcm", "lcf", "phased", "reflow", "one_step", "progressive")
 
 
 def add_command(subparsers) -> None:
@@ -33,21 +34,21 @@ def add_command(subparsers) -> None:
     out.set_defaults(run=run_distill)
     out = subparsers.add_parser("refine", help="bring a 4-bit file closer to its 16-bit original, without data")
     out.add_argument("--out", type=Path, required=True, help="the 4-bit file to write; never overwritten")
-    out.add_argument("--updates", type=int, default=200, help="updates (default 200)")
-    out.add_argument("--rate", type=float, default=5e-4, help="learning rate, as a share (default 0.0005)")
-    out.add_argument("--stops", type=int, default=10, help="noise levels of each prompt (default 10)")
-    _common(out)
+    out.add_argument("--updates", type=int, default=450, help="updates (default 450)")
+    out.add_argument("--rate", type=float, default=1e-3, help="learning rate, as a share (default 0.001)")
+    out.add_argument("--stops", type=int, default=6, help="noise levels of each prompt (default 6)")
+    _common(out, samples=200, batch=12)
     out.set_defaults(run=run_refine)
 
 
-def _common(out: argparse.ArgumentParser) -> None:
+def _common(out: argparse.ArgumentParser, samples: int = 32, batch: int = 4) -> None:
     out.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
     out.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
     out.add_argument("--base-rank", type=int, default=32, help="rank when quantizing the base now (default 32)")
     out.add_argument("--prompts", type=Path, help="text file, a prompt a line (default: the pack's own list)")
     out.add_argument("--domain", help="this domain's prompts instead, e.g. food")
-    out.add_argument("--samples", type=int, default=32, help="how many prompts (default 32)")
-    out.add_argument("--batch", type=int, default=4, help="pictures or states an update (default 4)")
+    out.add_argument("--samples", type=int, default=samples, help=f"how many prompts (default {samples})")
+    out.add_argument("--batch", type=int, default=batch, help=f"pictures or states an update (default {batch})")
     out.add_argument("--cfg", type=float, default=3.0, help="guidance scale, as the model is sampled (default 3)")
     out.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     out.add_argument("--seed", type=int, default=0)

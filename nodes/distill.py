@@ -86,9 +86,10 @@ class NibbleDistill(io.ComfyNode):
             node_id="NibbleDistill",
             display_name="Distill to Few Steps (Nibble)",
             category="Nibble/train",
-            description="Trains a LoRA with which a model draws in 1 to 8 steps, on a 4-bit model or any other. Five "
-            "ways: lcm (LCM-LoRA), lcf (from your pictures, no teacher), reflow, one_step and progressive. Learns from "
-            "the model itself, or from a 16-bit teacher. Queue again after an interrupt and it goes on.",
+            description="Trains a LoRA with which a model draws in 1 to 8 steps, on a 4-bit model or any other. Six "
+            "ways: lcm (LCM-LoRA), lcf (from your pictures, no teacher), phased (Euler, without new noise), reflow, "
+            "one_step and progressive. Learns from the model itself, or from a 16-bit teacher. Queue again after an "
+            "interrupt and it goes on.",
             search_aliases=["lcm", "turbo", "lightning", "fewer steps", "few steps", "speed up", "consistency",
                             "reflow", "instaflow", "rectified flow", "progressive distillation", "one step"],
             inputs=[
@@ -105,11 +106,11 @@ class NibbleDistill(io.ComfyNode):
                 io.Int.Input("rank", default=16, min=1, max=256, tooltip="Rank of the LoRA; 64 is usual for LCM on big "
                              "models."),
                 io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
-                               tooltip="1e-4 suits most models; the demo model wants 1e-3."),
+                               tooltip="1e-4 suits most models; the demo model wants 1e-3, and 3e-3 for lcf."),
                 io.Float.Input("cfg", default=3.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance of the teacher, as "
                                "you sample it. The result is sampled at cfg 1: guidance is built in."),
-                io.Int.Input("steps", default=4, min=1, max=64, tooltip="Steps that are aimed at: what progressive "
-                             "halves down to, and what the report measures."),
+                io.Int.Input("steps", default=4, min=1, max=64, tooltip="Steps that are aimed at: the phases of "
+                             "phased, what progressive halves down to, and what the report measures."),
                 io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
                              tooltip="Noise, order and first values. Same seed, same LoRA."),
                 io.String.Input("name", default="loras/few-steps", tooltip="File under output/, numbered. Keep it in "
@@ -117,7 +118,8 @@ class NibbleDistill(io.ComfyNode):
                 io.Int.Input("start", default=16, min=2, max=1024, advanced=True, tooltip="progressive only: steps of "
                              "the first teacher. Halving must lead to steps: 16, 8, 4."),
                 io.Int.Input("pairs", default=64, min=1, max=1_000_000, advanced=True, tooltip="How many pictures the "
-                             "teacher draws to learn from. Not used with your own pictures in lcm, lcf, progressive."),
+                             "teacher draws to learn from. Not used with your own pictures in lcm, lcf, phased, "
+                             "progressive."),
                 io.Int.Input("teacher_steps", default=25, min=1, max=1000, advanced=True, tooltip="Steps of each of "
                              "those."),
                 *_conditions(),
@@ -165,10 +167,12 @@ class NibbleRefine(io.ComfyNode):
                                "afterwards: the two are never needed on the GPU at once."),
                 io.Latent.Input("latent", tooltip="Gives the size to sample at: an Empty Latent Image of your usual "
                                 "size."),
-                io.Int.Input("updates", default=200, min=1, max=100_000, tooltip="Updates; a few hundred are enough."),
+                io.Int.Input("updates", default=200, min=1, max=100_000, tooltip="Updates; a few hundred are "
+                             "enough, more where the prompts are many."),
                 io.Int.Input("batch", default=4, min=1, max=256, tooltip="States looked at in one update."),
                 io.Float.Input("learning_rate", default=5e-4, min=1e-7, max=1.0, step=1e-5, round=False,
-                               tooltip="As a share of each value's usual size. Lower it when the error rises."),
+                               tooltip="As a share of each value's usual size. 1e-3 is faster, more makes the "
+                               "error rise."),
                 io.Int.Input("stops", default=10, min=1, max=100, tooltip="Noise levels of each prompt that the two "
                              "are compared at."),
                 io.Float.Input("cfg", default=3.0, min=1.0, max=30.0, step=0.1, tooltip="As you sample the model: 1 "

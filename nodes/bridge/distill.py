@@ -33,6 +33,7 @@ from .training import Live
 SAMPLING = {
     "lcm": "sampler lcm, scheduler sgm_uniform or simple, 1 to 8 steps, cfg 1",
     "lcf": "sampler lcm, scheduler sgm_uniform or simple, 1 to 8 steps, cfg 1",
+    "phased": "sampler euler, scheduler sgm_uniform, {steps} steps, cfg 1",
     "reflow": "sampler euler, scheduler sgm_uniform, {steps} steps or more, cfg 1",
     "one_step": "sampler euler, 1 step, cfg 1",
     "progressive": "sampler euler, scheduler sgm_uniform, {steps} steps, cfg 1",

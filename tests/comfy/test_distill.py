@@ -61,7 +61,7 @@ def through_stock_loader(server, file: str, base: list = FOUR, strength: float =
     return server.latent(server.done(graph(lora=lora, **drawn(["lora", 0]))), "drawn")
 
 
-@pytest.mark.parametrize("way", ["lcm", "reflow", "one_step", "progressive"])
+@pytest.mark.parametrize("way", ["lcm", "phased", "reflow", "one_step", "progressive"])
 def test_every_way_gives_a_lora_that_stock_loaders_read(way, server):
     result = server.done(distilling(way))
     name = result.text("name")

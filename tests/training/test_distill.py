@@ -21,7 +21,7 @@ def run(way: str, work, updates: int = 200, pictures=None, watch=None, rate: flo
     return out, torch.cat([p.detach().flatten() for p in toy.net.parameters()])
 
 
-@pytest.mark.parametrize("way", ["reflow", "one_step", "progressive"])
+@pytest.mark.parametrize("way", ["phased", "reflow", "one_step", "progressive"])
 def test_few_steps_come_closer_to_the_teacher(way, tmp_path):
     out, _ = run(way, tmp_path)
     assert out.after < {"reflow": 1.0}.get(way, 0.95) * out.before, (out.before, out.after)
@@ -36,7 +36,7 @@ def test_lcm_runs_on_the_teachers_pictures_and_on_ones_own(tmp_path):
     assert not torch.equal(one, two)
 
 
-@pytest.mark.parametrize("way", ["lcm", "lcf", "one_step", "progressive"])
+@pytest.mark.parametrize("way", ["lcm", "lcf", "phased", "one_step", "progressive"])
 def test_stopped_and_resumed_it_is_the_same(way, tmp_path):
     class Stop(BaseException):
         pass
