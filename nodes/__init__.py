@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import calibrate, convert, distill, lora, metrics, models, profiling, prompts, sampling, training
+from . import calibrate, convert, distill, image_prompt, lora, metrics, models, profiling, prompts, sampling, training
 from .bridge import history
 
-TOPICS = (models, convert, calibrate, sampling, lora, profiling, metrics, prompts, training, distill)
+TOPICS = (models, convert, calibrate, sampling, lora, image_prompt, profiling, metrics, prompts, training, distill)
 
 
 class NibbleExtension(ComfyExtension):
