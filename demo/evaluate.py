@@ -48,17 +48,18 @@ def reconstruction(vae, pictures: torch.Tensor) -> float:
     return float(np.mean(out))
 
 
-def draw(pipe, prompts: list[str], steps: int, cfg: float, seed: int = 0, batch: int = 25) -> np.ndarray:
-    """(n, H, W, 3) pictures in [0, 1]; picture i starts from the noise of ``seed`` + i."""
+def draw(pipe, prompts: list[str], steps: int, cfg: float, batch: int = 25, more=lambda _rows: {}) -> np.ndarray:
+    """(n, H, W, 3) pictures in [0, 1]; picture i starts from the noise of seed i. ``more(rows)``: further arguments for
+    the pipeline's call that draws those rows.
+    """
     side = pipe.unet.config.sample_size
     out = []
     for start in range(0, len(prompts), batch):
         texts = prompts[start : start + batch]
-        gens = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
+        gens = [torch.Generator().manual_seed(start + i) for i in range(len(texts))]
         noise = torch.cat([torch.randn(1, 4, side, side, generator=g) for g in gens]).to(pipe.device, pipe.unet.dtype)
-        done = pipe(
-            prompt=texts, num_inference_steps=steps, guidance_scale=cfg, latents=noise, generator=gens, output_type="np"
-        )
+        values = {"latents": noise, "generator": gens, **more(slice(start, start + batch))}
+        done = pipe(prompt=texts, num_inference_steps=steps, guidance_scale=cfg, output_type="np", **values)
         out.append(done.images)
     return np.concatenate(out)
 

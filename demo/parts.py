@@ -1,6 +1,7 @@
 """The demo model's parts as diffusers and transformers modules. Widths: the table below is their only home.
 
-latents (B, 4, 16, 16) for pictures (B, 3, 128, 128) in [-1, 1]; text (B, 77) token ids -> (B, 77, 128).
+latents (B, 4, 16, 16) for pictures (B, 3, 128, 128) in [-1, 1]; text (B, 77) token ids -> (B, 77, 128);
+pictures for the vision tower (B, 3, 48, 48) -> (B, 128).
 Every attention and feed-forward width is a multiple of 64, so each of the 70 linears can be 4-bit.
 The same weights load in ComfyUI's own classes: nodes/demo.py.
 """
@@ -28,6 +29,16 @@ TEXT = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=77,
+    hidden_act="quick_gelu",
+)
+VISION = dict(
+    hidden_size=192,
+    intermediate_size=768,
+    projection_dim=128,  # the text encoder's width, so that CLIP-T is one cosine
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    image_size=48,
+    patch_size=8,
     hidden_act="quick_gelu",
 )
 SCHEDULER = dict(
@@ -69,6 +80,15 @@ def text_encoder(tokenizer):
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config)
+
+
+def vision_tower():
+    """A new CLIPVisionModelWithProjection, 1.8 M parameters: (B, 3, 48, 48) with CLIP's mean and deviation taken out ->
+    ``image_embeds`` (B, 128).
+    """
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION))
 
 
 def train_tokenizer(captions: list[str], folder: Path):

@@ -1,7 +1,7 @@
 """Reproduces every file of the demo model from two npm packages: ``python -m comfyui_nibble.demo.train --work DIR``.
 
 Stages write into ``--out`` (this folder by default) as they end; ``--work`` holds downloads and resumable state. With a
-fixed seed the result is the same on one machine; about 4 hours on 2 CPU cores, minutes on a GPU.
+fixed seed the result is the same on one machine; about 5 hours on 2 CPU cores, minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,26 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import LORAS, MODEL, REFERENCES, ROOT, dataset, distill, evaluate, parts, recognise, stages
+from . import (
+    IP_ADAPTERS,
+    LORAS,
+    MODEL,
+    REFERENCES,
+    ROOT,
+    TEXT_PROJECTION,
+    VISION,
+    dataset,
+    distill,
+    evaluate,
+    image_prompt,
+    parts,
+    recognise,
+    stages,
+    tower,
+)
 
 log = logging.getLogger(__name__)
+LICENCE = {"modelspec.license": "see demo/LICENSES.md"}
 
 
 class Run:
@@ -117,11 +134,7 @@ class Run:
         state = {k.replace("unet_", "lora_unet_", 1) if k.startswith("unet_") else k: v for k, v in state.items()}
         path = self.out / LORAS[which].relative_to(ROOT)
         path.parent.mkdir(parents=True, exist_ok=True)
-        meta = {
-            "modelspec.title": title,
-            "modelspec.trigger_phrase": trigger,
-            "modelspec.license": "see demo/LICENSES.md",
-        }
+        meta = {"modelspec.title": title, "modelspec.trigger_phrase": trigger, **LICENCE}
         part = path.with_suffix(".part")
         save_file({k: v.half().contiguous().cpu() for k, v in state.items()}, part, meta)
         os.replace(part, path)
@@ -157,6 +170,40 @@ class Run:
         if lora == "lcm":
             pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
         return pipe
+
+    def vision(self) -> None:
+        """The vision tower, its text projection, and how often the right one of all emoji is the nearest."""
+        _, text = self.trained()
+        tokenizer = self.tokenizer()
+        pictures = torch.stack(list(self.pictures.values()))
+        texts = tower.Texts(self.emoji, text, tokenizer, self.device)
+        model, projection, seconds = tower.learn(texts, pictures, self.work, self.device)
+        model.half().save_pretrained(self.out / VISION.relative_to(ROOT))
+        path = self.out / VISION.relative_to(ROOT) / "model.safetensors"
+        part = path.with_suffix(".part")
+        save_file({**load_file(path), TEXT_PROJECTION: projection.half().cpu()}, part, {"format": "pt"})
+        os.replace(part, path)
+        figures = tower.retrieval(model.float(), projection, self.emoji, pictures, text, tokenizer)
+        self.note("tower", seconds=round(seconds), steps=tower.TOWER.steps, **figures)
+        log.info("%s", json.dumps(figures, indent=1))
+
+    def picture_prompts(self) -> None:
+        """Both IP-Adapters, on both vendors' pictures."""
+        _, text = self.trained()
+        model = tower.load(self.out / VISION.relative_to(ROOT))[0].to(self.device)
+        seen = torch.cat([image_prompt.views(model, p, k) for k, p in enumerate(self.pictures.values())])
+        latents = torch.cat([self.latents(vendor) for vendor in self.pictures])
+        batches = image_prompt.Batches(self.emoji, self.tokenizer(), latents, seen)
+        for which, path in IP_ADAPTERS.items():
+            adapter, seconds = image_prompt.learn(which, self.trained()[0], text, batches, self.work, self.device)
+            state = {k: v.half().contiguous().cpu() for k, v in adapter.state_dict().items()}
+            path = self.out / path.relative_to(ROOT)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            save_file(state, part, {"modelspec.title": f"Nibble demo: IP-Adapter, {which}", **LICENCE})
+            os.replace(part, path)
+            plan = image_prompt.PLANS[which]
+            self.note(plan.name, seconds=round(seconds), steps=plan.steps, bytes=path.stat().st_size)
 
     def evaluate(self) -> None:
         """References, figures (training.json) and the contact sheet (samples.jpg)."""
@@ -197,7 +244,7 @@ class Run:
         log.info("%s", json.dumps(figures, indent=1))
 
 
-STAGES = ("autoencoder", "denoiser", "few_steps", "style", "evaluate")
+STAGES = ("autoencoder", "denoiser", "few_steps", "style", "vision", "picture_prompts", "evaluate")
 STYLES = {"google": "noto", "twitter": "twemoji"}
 
 

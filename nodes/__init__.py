@@ -8,6 +8,7 @@ from . import (
     calibrate,
     convert,
     distill,
+    image_prompt,
     lora,
     metrics,
     models,
@@ -20,7 +21,21 @@ from . import (
 )
 from .bridge import history
 
-TOPICS = (models, convert, calibrate, sampling, lora, profiling, metrics, prompts, prompt_set, training, distill, slim)
+TOPICS = (
+    models,
+    convert,
+    calibrate,
+    sampling,
+    lora,
+    image_prompt,
+    profiling,
+    metrics,
+    prompts,
+    prompt_set,
+    training,
+    distill,
+    slim,
+)
 
 
 class NibbleExtension(ComfyExtension):

@@ -131,12 +131,18 @@ class NibbleLoadDemo(io.ComfyNode):
                 ),
                 io.Clip.Output("clip", display_name="CLIP", tooltip="The demo's text encoder."),
                 io.Vae.Output("vae", display_name="VAE", tooltip="The demo's autoencoder (TAESD architecture)."),
+                io.ClipVision.Output(
+                    "clip_vision",
+                    display_name="CLIP_VISION",
+                    tooltip="The demo's picture encoder, trained against its text encoder: for picture prompts and "
+                    "for CLIP-T and CLIP-I.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, precision, rank=16) -> io.NodeOutput:
-        return io.NodeOutput(demo.model(precision == "4-bit", rank), demo.clip(), demo.vae())
+        return io.NodeOutput(demo.model(precision == "4-bit", rank), demo.clip(), demo.vae(), demo.vision())
 
 
 class NibbleSaveModel(io.ComfyNode):

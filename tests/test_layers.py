@@ -7,7 +7,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "server", "nodes"}
-CORE = {"training", "lora", "sampling", "slim", "prompts", "profiling", "metrics", "checkpoints", "quant", "demo"}
+CORE = {
+    "training",
+    "lora",
+    "adapters",
+    "sampling",
+    "slim",
+    "prompts",
+    "profiling",
+    "metrics",
+    "checkpoints",
+    "quant",
+    "demo",
+}
 ALLOWED = {
     "": {"nodes"},
     "nodes": CORE,
@@ -15,13 +27,14 @@ ALLOWED = {
     "training": {"lora", "sampling", "quant"},
     "lora": {"checkpoints.families", "quant"},
     "checkpoints": {"quant"},
-    "demo": {"metrics", "training"},
+    "demo": {"metrics", "training", "adapters"},
     "slim": {"quant"},  # its truncated singular value decomposition
     "quant": set(),
     "prompts": set(),
     "sampling": set(),
     "profiling": set(),
     "metrics": set(),
+    "adapters": set(),
 }
 # Inside checkpoints/: formats know bytes, families know names, and neither knows the other.
 APART = (("checkpoints.formats", "checkpoints.families"), ("checkpoints.families", "checkpoints.formats"))

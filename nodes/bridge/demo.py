@@ -1,10 +1,14 @@
-"""The demo model in ComfyUI's own classes: UNetModel, SDClipModel, TAESD. Same weights as the diffusers folder."""
+"""The demo model in ComfyUI's own classes: UNetModel, SDClipModel, TAESD, ClipVisionModel. Same weights as the
+diffusers folder and the vision tower beside it.
+"""
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import comfy.clip_model
+import comfy.clip_vision
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models_base
@@ -57,7 +61,10 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
 
 
 def clip():
-    """The demo's text encoder as an ordinary CLIP."""
+    """The demo's text encoder as an ordinary CLIP, with the text projection that the vision tower was trained with.
+
+    The projection is used by scores alone: a prompt's conditioning is that of the encoder without it.
+    """
     selfcheck.require()
     config = config_of("text_encoder")
     start, end = config["bos_token_id"], config["eos_token_id"]
@@ -79,7 +86,27 @@ def clip():
     )
     weights = load_file(demo.MODEL / "text_encoder" / "model.safetensors")
     weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()}
+    weights[demo.TEXT_PROJECTION] = load_file(_tower())[demo.TEXT_PROJECTION]
     return comfy.sd.CLIP(target, state_dict=[weights])
+
+
+def _tower():
+    return demo.VISION / "model.safetensors"
+
+
+def vision():
+    """The demo's vision tower as an ordinary CLIP_VISION. ComfyUI's loader knows towers by their number of layers, and
+    this one has four; so its own configuration builds it. Raises ValueError when the file is not whole.
+    """
+    selfcheck.require()
+    tower = comfy.clip_vision.ClipVisionModel(json.loads((demo.VISION / "config.json").read_text(encoding="utf-8")))
+    weights = load_file(_tower())
+    weights.pop(demo.TEXT_PROJECTION)
+    missing, unknown = tower.load_sd(weights)
+    if missing or unknown:
+        raise ValueError(f"demo/vision/model.safetensors lacks {sorted(missing)} and holds {sorted(unknown)}, which no "
+                         "tower of its config.json has: install the pack again")  # fmt: skip
+    return tower
 
 
 def vae():

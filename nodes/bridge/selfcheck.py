@@ -14,6 +14,7 @@ class UnsupportedComfyUI(RuntimeError):
 
 def missing() -> list[str]:
     """What this ComfyUI lacks, in words; empty when all is well."""
+    import comfy.clip_vision
     import comfy.lora
     import comfy.lora_convert
     import comfy.model_management
@@ -28,6 +29,7 @@ def missing() -> list[str]:
         (comfy.ops, "run_every_op", ()),
         (comfy.sd, "load_diffusion_model_state_dict", ("sd", "model_options", "metadata", "disable_dynamic")),
         (comfy.sd, "load_state_dict_guess_config", ("sd", "model_options", "metadata", "disable_dynamic")),
+        (comfy.clip_vision, "ClipVisionModel", ("json_config",)),
         (comfy.model_management, "unet_manual_cast", ("weight_dtype", "inference_device", "supported_dtypes")),
         (patcher, "patch_weight_to_device", ("key", "return_weight", "force_cast")),
         (patcher, "get_key_patches", ("filter_prefix",)),

@@ -32,7 +32,7 @@ LOADERS = {
     "NibbleLoadCheckpoint": "checkpoints", "NibbleInspect": "", "NibbleConvert": "",
     "CheckpointLoaderSimple": "checkpoints", "UNETLoader": "diffusion_models", "NibbleLoadModel": "diffusion_models",
     "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders", "VAELoader": "vae",
-    "CLIPVisionLoader": "clip_vision", "LoraLoaderModelOnly": "loras",
+    "NibbleUniControlGlobal": "controlnet", "CLIPVisionLoader": "clip_vision", "LoraLoaderModelOnly": "loras",
     "ControlNetLoader": "controlnet",
 }  # fmt: skip
 CANVAS = {"x": 160, "y": 100, "width": 1280, "height": 800}  # what no panel of the window covers

@@ -1,6 +1,7 @@
 """What people type to find each node: two everyday words a node, each on its own."""
 
 WORDS = {
+    "NibbleApplyIPAdapter": ("image prompt", "reference image"),
     "NibbleApplyLora": ("lora", "style"),
     "NibbleCalibrate": ("quantize", "compress"),
     "NibbleCalibrationPrompts": ("captions", "dataset"),
@@ -18,6 +19,7 @@ WORDS = {
     "NibbleLCMGuidance": ("guidance", "lcm"),
     "NibbleLoadCheckpoint": ("4bit", "checkpoint"),
     "NibbleLoadDemo": ("example", "try"),
+    "NibbleLoadIPAdapter": ("ip adapter", "image prompt"),
     "NibbleLoadModel": ("4bit", "nunchaku"),
     "NibbleLoftQ": ("quantize", "low rank"),
     "NibbleLoraReport": ("lora", "lora info"),
@@ -37,4 +39,5 @@ WORDS = {
     "NibbleSlimUNet": ("faster", "lightweight"),
     "NibbleStraightness": ("straightness", "trajectory"),
     "NibbleTrainLora": ("train", "own pictures"),
+    "NibbleUniControlGlobal": ("image prompt", "reference image"),
 }

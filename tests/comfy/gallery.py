@@ -78,8 +78,12 @@ NOTES: dict[str, tuple[str, str | None]] = {
         "SDXL, put their loader in place of the demo's.", "13"),
     "prompt-set": ("# Prompts of a published list\nSome to calibrate with, others to evaluate with, no picture in "
         "both. Needs MJHQ-30K's meta_data.json in input/; the node says where it is published.", None),
-    "scores": ("# Scores of a batch\nCLIP similarity of pictures to their prompt. Needs a CLIP and a CLIP vision "
-        "model.", None),
+    "image-prompt": ("# A picture as a prompt\nAn IP-Adapter reads an apple, and the heart takes its colour. For SD1.5 "
+        "and SDXL, put their loader, CLIP vision and adapter in place of the demo's.", "16"),
+    "uni-controlnet": ("# A picture as four more words\nNeeds a 4-bit SD1.5 (see *checkpoint-4bit*), CLIP ViT-L/14's "
+        "picture half and Uni-ControlNet's global adapter, converted as the node's help says.", None),
+    "scores": ("# Scores of a batch\nHow near pictures are to their prompt, by the demo's own CLIP. For real models, "
+        "load a CLIP with its projection and the CLIP vision that belongs to it.", "11"),
 }  # fmt: skip
 
 

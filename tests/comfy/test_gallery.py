@@ -81,7 +81,11 @@ def test_pictures_are_drawn_over(name, server):
         assert red[0] - red[1] > 0.2 and green[1] > green[0]
 
 
-PATHS = {"ckpt_name": "checkpoints/", "file": ""}  # inputs that name a file without a row of models -> where it lies
+PATHS = {
+    "ckpt_name": "checkpoints/",
+    "adapter_name": "controlnet/",
+    "file": "",
+}  # inputs that name a file without a row of models -> where it lies
 
 
 def needed(graph: dict) -> set[str]:
@@ -97,7 +101,7 @@ def needed(graph: dict) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["controlnet-sketch", "controlnet-depth", "checkpoint-4bit", "convert", "load-nunchaku"]
+    "name", ["controlnet-sketch", "controlnet-depth", "checkpoint-4bit", "convert", "load-nunchaku", "uni-controlnet"]
 )
 def test_workflows_with_models_to_get_are_valid(name, server):
     """ComfyUI takes the graph once files of these names are there."""

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from comfyui_nibble import demo
 from comfyui_nibble.metrics import features, images
 from PIL import Image
 from safetensors.torch import save_file
@@ -134,18 +133,6 @@ def test_what_cannot_be_scored_is_said(server, sets, pictures):
     (folder / "y.png").write_bytes(b"nonsense")
     graph = scored(folder="output/nibble_sets/odd", prompts="a fox", image_reward=True)
     assert "ImageReward is left out" in server.run(graph).error  # said before a picture is opened
-
-
-@pytest.mark.skipif(not (demo.MODEL / "unet").exists(), reason="the demo model is not in this checkout")
-def test_the_demos_text_encoder_is_refused(server, pictures):
-    """It has no projection: a cosine with its features would be a number without meaning."""
-    graph = {
-        "demo": node("NibbleLoadDemo", precision="16-bit", rank=16),
-        "a": node("LoadImage", image="nibble_ref.png"),
-    }
-    graph |= scored(prompts="a fox")
-    graph["s"]["inputs"] |= dict(images=["a", 0], clip=["demo", 1])
-    assert "CLIP-T: the text projection of this encoder is" in server.run(graph).error
 
 
 def test_scores_through_comfyui_are_those_of_transformers(inside, tmp_path):
