@@ -16,7 +16,7 @@ SHOWS = {
     "few-step": ("8", "red apple"),
     "few-step-parts": ("9", "red apple"),
     "image-to-image": ("12", None),
-    "image-prompt": ("16", "heart"),
+    "image-prompt": ("16", "brown heart"),  # still a heart, in the apple's colours
     "inpaint": ("17", None),
     "lora-stack": ("11", "red apple"),
     "profile": ("8", "red apple"),
