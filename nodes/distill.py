@@ -118,8 +118,8 @@ class NibbleDistill(io.ComfyNode):
                 io.Int.Input("start", default=16, min=2, max=1024, advanced=True, tooltip="progressive only: steps of "
                              "the first teacher. Halving must lead to steps: 16, 8, 4."),
                 io.Int.Input("pairs", default=64, min=1, max=1_000_000, advanced=True, tooltip="How many pictures the "
-                             "teacher draws to learn from. Not used with your own pictures in lcm, lcf, phased, "
-                             "progressive."),
+                             "teacher draws to learn from. With your own pictures lcm, phased and progressive "
+                             "have it draw four, to measure on; lcf none."),
                 io.Int.Input("teacher_steps", default=25, min=1, max=1000, advanced=True, tooltip="Steps of each of "
                              "those."),
                 *_conditions(),

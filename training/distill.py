@@ -95,19 +95,20 @@ def run(task: Task, settings: Settings, work: File, watch: Watch, tell: Tell = l
     mode = MODES[settings.mode]
     if mode.pictures and task.pictures is None:
         raise ValueError(f"{settings.mode} learns from pictures: connect the latents of some")
-    made = None
-    if mode.pairs or task.pictures is None:
-        made = _pairs(task, settings, work, tell)
-    train_on, held = (None, None) if made is None else _cut(made)
+    train_on = held = None
+    if not mode.pictures:  # beside one's own pictures the teacher draws only what is measured on
+        learned = settings.pairs if mode.pairs or task.pictures is None else 0
+        train_on, held = _cut(_pairs(task, settings, learned, work, tell))
     before = mode.measure(task, settings, held)
     results = mode.train(task, settings, train_on, work, watch)
     losses = tuple(x for r in results for x in r.losses)
     return Outcome(before, mode.measure(task, settings, held), losses, sum(r.seconds for r in results))
 
 
-def _pairs(task: Task, settings: Settings, work: File, tell: Tell) -> reflow.Pairs:
+def _pairs(task: Task, settings: Settings, learned: int, work: File, tell: Tell) -> reflow.Pairs:
+    """``learned`` pairs and `EXTRA` more."""
     making = reflow.Making(
-        settings.pairs + EXTRA, task.shape, settings.teacher_steps, settings.cfg, settings.plan.seed,
+        learned + EXTRA, task.shape, settings.teacher_steps, settings.cfg, settings.plan.seed,
         about=settings.about,
     )  # fmt: skip
 
@@ -238,7 +239,7 @@ def _shifted(watch: Watch, before: int, total: int) -> Watch:
 
 @torch.no_grad()
 def _by_lcm(task: Task, s: Settings, held: reflow.Pairs | None) -> float:
-    """Distance of LCM pictures to the teacher's; without pairs the consistency loss on the pictures, noise fixed."""
+    """Distance of LCM pictures to the teacher's; for lcf, which has none, its loss on the pictures, noise fixed."""
     g = torch.Generator().manual_seed(s.plan.seed)
     if held is None:
         return _fine_loss(task, s, g)
@@ -264,8 +265,6 @@ def _by_euler(count: Callable[[Settings], int]) -> Callable:
     @torch.no_grad()
     def measure(task: Task, s: Settings, held: reflow.Pairs) -> float:
         """Distance of the student's Euler pictures to the teacher's, from the same noise."""
-        if held is None:
-            return float("nan")
         batch = _batch(task, held, torch.arange(len(held)))
         answer = paths.guided(task.student, batch.cond, None, 1.0)
         _, answers = paths.follow(answer, task.path, batch.noise, paths.even(len(task.path), count(s)))
