@@ -19,16 +19,15 @@ TARGETS = (
 )  # quant.policy.TARGETS, likewise
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="nibble", description="4-bit diffusion: quantize, generate, inspect.")
-    commands = top.add_subparsers(dest="command", required=True)
-
+def _add_demo(commands) -> None:
     demo = commands.add_parser("demo", help="run the main job on the shipped model, in a minute on a CPU")
     demo.add_argument(
         "--out", type=Path, default=Path("nibble-demo"), help="folder for demo.png, profile.png, report.json"
     )
     demo.set_defaults(run=run_demo)
 
+
+def _add_quantize(commands) -> None:
     quantize = commands.add_parser("quantize", help="write a 4-bit file of a checkpoint or diffusers folder")
     quantize.add_argument(
         "source", type=Path, help="safetensors checkpoint, diffusers pipeline folder, or its unet/transformer"
@@ -56,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     quantize.add_argument("--report", type=Path, help="HTML page to write: the error of each layer")
     quantize.set_defaults(run=run_quantize)
 
+
+def _add_generate(commands) -> None:
     generate = commands.add_parser("generate", help="draw pictures from a prompt")
     generate.add_argument("prompt", nargs="+", help="one prompt per picture; quote each")
     generate.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
@@ -75,15 +76,21 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--out", type=Path, default=Path("nibble-out"), help="folder for the pictures")
     generate.set_defaults(run=run_generate)
 
+
+def _add_inspect(commands) -> None:
     inspect = commands.add_parser("inspect", help="say what a model file is, layer by layer")
     inspect.add_argument("file", type=Path)
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=run_inspect)
-    convert.add_command(commands)
-    prompts.add_command(commands)
-    profile.add_command(commands)
-    train.add_command(commands)
-    distill.add_command(commands)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="nibble", description="4-bit diffusion: quantize, generate, inspect.")
+    commands = top.add_subparsers(dest="command", required=True)
+    for add in (_add_demo, _add_quantize, _add_generate, _add_inspect):
+        add(commands)
+    for topic in (convert, prompts, profile, train, distill):
+        topic.add_command(commands)
     return top
 
 

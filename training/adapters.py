@@ -30,6 +30,21 @@ def linears(module: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m, w in named if hasattr(m, "in_features") and isinstance(w, Tensor) and w.dim() == 2}
 
 
+@contextmanager
+def forwards(layers: Mapping[str, nn.Module], made: Callable[[str, nn.Module], Callable]) -> Iterator[None]:
+    """While it is entered each layer's forward is ``made(name, layer)``; afterwards its own, whatever was raised."""
+    before = {n: layer.__dict__.get("forward") for n, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.forward = made(name, layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.__dict__.pop("forward", None)
+            if before[name] is not None:
+                layer.forward = before[name]
+
+
 def dense(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The effective (N, K) weight of a linear, made on ``device``."""
     weight = layer.weight.detach()
@@ -138,16 +153,10 @@ class Adapters:
         backward pass; it may raise to stop. Afterwards the module is as it was, whatever was raised.
         """
         self.check = check
-        before = {n: layer.__dict__.get("forward") for n, layer in self.layers.items()}
         try:
-            for name, layer in self.layers.items():
-                layer.forward = self._forward(layer, layer.forward, self.factors.get(name))
-            yield self
+            with forwards(self.layers, lambda n, layer: self._forward(layer, layer.forward, self.factors.get(n))):
+                yield self
         finally:
-            for name, layer in self.layers.items():
-                layer.__dict__.pop("forward", None)
-                if before[name] is not None:
-                    layer.forward = before[name]
             self.check = lambda: None
 
     @contextmanager

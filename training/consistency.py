@@ -131,25 +131,15 @@ def sample(
 Source = Callable[[int, torch.Generator], Batch]
 
 
-def lcd_loss(
-    student: Student, teacher: Model, source: Source, path: Path, settings: Consistency
+def objective(
+    distance: Callable[[Batch, Draw], Tensor], source: Source, path: Path, settings: Consistency
 ) -> Callable[[int, torch.Generator], Tensor]:
-    """`lcd` as the loop calls it; ``source(step, generator)`` gives the pictures."""
+    """``distance`` as the loop calls it, at random times with random noise; ``source(step, generator)`` gives the
+    pictures.
+    """
 
     def loss(step: int, generator: torch.Generator) -> Tensor:
         batch = source(step, generator)
-        return lcd(student, teacher, batch, draw(batch.x, path, settings, generator), path, settings)
-
-    return loss
-
-
-def lcf_loss(
-    student: Student, source: Source, path: Path, settings: Consistency
-) -> Callable[[int, torch.Generator], Tensor]:
-    """`lcf` as the loop calls it."""
-
-    def loss(step: int, generator: torch.Generator) -> Tensor:
-        batch = source(step, generator)
-        return lcf(student, batch, draw(batch.x, path, settings, generator), path, settings)
+        return distance(batch, draw(batch.x, path, settings, generator))
 
     return loss

@@ -145,13 +145,22 @@ def _pictures(task: Task, pairs: reflow.Pairs | None, count: int) -> consistency
 
 def _lcm(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
     source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
-    loss = consistency.lcd_loss(student, task.teacher, source, task.path, s.consistency)
+
+    def distance(batch: consistency.Batch, drawn: consistency.Draw) -> Tensor:
+        return consistency.lcd(student, task.teacher, batch, drawn, task.path, s.consistency)
+
+    loss = consistency.objective(distance, source, task.path, s.consistency)
     return _consistent(task, s, (loss, targets), work, watch)
 
 
 def _lcf(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
-    student, targets = _averaged(task)
-    loss = consistency.lcf_loss(student, _pictures(task, pairs, s.plan.batch), task.path, _fine(s))
+    source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
+    fine = _fine(s)
+
+    def distance(batch: consistency.Batch, drawn: consistency.Draw) -> Tensor:
+        return consistency.lcf(student, batch, drawn, task.path, fine)
+
+    loss = consistency.objective(distance, source, task.path, fine)
     return _consistent(task, s, (loss, targets), work, watch)
 
 
@@ -163,7 +172,12 @@ def _fine(s: Settings) -> consistency.Consistency:
 def _phased(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
     source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
     phases = phased.Phases(s.consistency.skip, s.consistency.omega, count=s.steps)
-    return _consistent(task, s, (phased.loss(student, task.teacher, source, task.path, phases), targets), work, watch)
+
+    def distance(batch: consistency.Batch, drawn: consistency.Draw) -> Tensor:
+        return phased.distance(student, task.teacher, batch, drawn, task.path, phases)
+
+    loss = consistency.objective(distance, source, task.path, phases)
+    return _consistent(task, s, (loss, targets), work, watch)
 
 
 def _averaged(task: Task) -> tuple[consistency.Student, list[nn.Parameter]]:

@@ -14,13 +14,12 @@ step only aims at the next edge, and N deterministic steps from the teacher's no
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .consistency import Batch, Consistency, Draw, Source, Student, draw
+from .consistency import Batch, Consistency, Draw, Student
 from .paths import Cond, Model, Path, even, guided
 
 CLEAN = -1  # an edge that lies below the table
@@ -68,15 +67,3 @@ def distance(
         x0 = guided(teacher, batch.cond, batch.empty, scale)(z, t)
         target = function(student.held, path, (move(path, z, x0, t, earlier), earlier, e), batch.cond)
     return (function(student.model, path, (z, t, e), batch.cond) - target).float().square().mean()
-
-
-def loss(
-    student: Student, teacher: Model, source: Source, path: Path, settings: Phases
-) -> Callable[[int, torch.Generator], Tensor]:
-    """`distance` as the loop calls it; ``source(step, generator)`` gives the pictures."""
-
-    def value(step: int, generator: torch.Generator) -> Tensor:
-        batch = source(step, generator)
-        return distance(student, teacher, batch, draw(batch.x, path, settings, generator), path, settings)
-
-    return value

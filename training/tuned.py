@@ -20,7 +20,7 @@ from ..quant import kernels, svdquant
 from ..quant.awq import AWQWeight
 from ..quant.packing import unpack_signed, unpack_unsigned
 from ..quant.svdquant import GROUP, SVDQuantWeight
-from .adapters import Frozen, dense, linears
+from .adapters import Frozen, dense, forwards, linears
 
 
 class _Product(torch.autograd.Function):
@@ -159,17 +159,12 @@ class Tuner:
         """While it is entered the module computes with the tuned layers; ``check`` is called in every layer and may
         raise. Afterwards the module is as it was.
         """
-        before = {n: layer.__dict__.get("forward") for n, layer in self.all.items()}
-        try:
-            for name, layer in self.all.items():
-                own = name in self.layers
-                layer.forward = self._tuned(layer, name, check) if own else _kept(layer, layer.forward, check)
+
+        def made(name: str, layer: nn.Module) -> Callable[[Tensor], Tensor]:
+            return self._tuned(layer, name, check) if name in self.layers else _kept(layer, layer.forward, check)
+
+        with forwards(self.all, made):
             yield self
-        finally:
-            for name, layer in self.all.items():
-                layer.__dict__.pop("forward", None)
-                if before[name] is not None:
-                    layer.forward = before[name]
 
     def _tuned(self, layer: nn.Module, name: str, check: Callable[[], None]) -> Callable[[Tensor], Tensor]:
         tuned = self.layers[name]

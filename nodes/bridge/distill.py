@@ -18,6 +18,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints import resume
 from ...checkpoints.save import record, save
+from ...sampling.presets import of_family
 from ...training import distill as core
 from ...training import lora, paths
 from ...training.adapters import Adapters, linears
@@ -28,6 +29,7 @@ from ...training.loop import Plan, Watch
 from . import selfcheck, train_model
 from .build import weight_of
 from .calibrate import encode, split, tell
+from .sampling import facts_of
 from .training import Live
 
 SAMPLING = {
@@ -38,9 +40,6 @@ SAMPLING = {
     "one_step": "sampler euler, 1 step, cfg 1",
     "progressive": "sampler euler, scheduler sgm_uniform, {steps} steps, cfg 1",
 }
-
-# ComfyUI's class -> this pack's few-step preset
-PRESETS = {"SD15": "lcm_lora_sd15", "SD20": "lcm_sd21", "SDXL": "lcm_lora_sdxl"}
 
 
 @dataclass(frozen=True)
@@ -192,8 +191,9 @@ def _metadata(settings: Settings, model, title: str) -> dict[str, str]:
     middle = max(0.0, settings.cfg - 1)
     omega = [max(0.0, middle - settings.omega), middle + settings.omega]
     details = {**asdict(settings), "omega": omega, "base_sha256": fingerprint(model), "sampling": sampling}
-    preset = PRESETS.get(type(model.model.model_config).__name__) if settings.mode in ("lcm", "lcf") else None
-    about = record(method=f"distill {settings.mode}", **({"preset": preset} if preset else {}))
+    rows = of_family(facts_of(model, []).family) if settings.mode in ("lcm", "lcf") else ()
+    preset = next(({"preset": p.id} for p in rows if p.prediction == "lcm" and p.omega is None), {})
+    about = record(method=f"distill {settings.mode}", **preset)
     return {"modelspec.title": title, "nibble_distill": json.dumps(details, sort_keys=True), **about}
 
 

@@ -103,11 +103,11 @@ def _notes(found: Match, names: Vocabulary, choice: Choice) -> tuple[str, ...]:
         if strength == 0 and there is not None and found.patches[part]:
             out.append(f"strength 0: the {part} stays as it is")
     grown, dense, bytes_grown, bytes_dense = 0, 0, 0, 0
-    for key, todo in _by_layer(found.patches[MODEL]).items():
+    for key, pending in _by_layer(found.patches[MODEL]).items():
         weight = comfy.utils.get_attr(names.model.model, key)
         if kernels.is_ours(weight) and choice.strength_model != 0:
             n, k = weight.shape
-            low_rank = p.factors(todo, (n, k))
+            low_rank = p.factors(pending, (n, k))
             if low_rank is None:
                 dense, bytes_dense = dense + 1, bytes_dense + 2 * n * k - kernels.nbytes(weight)
             else:

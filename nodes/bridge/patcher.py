@@ -78,10 +78,10 @@ class _FourBit:
         weight = get_key_weight(self.model, key)[0]
         if not kernels.is_ours(weight):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        todo = p.live(self.patches.get(key, ()))
-        if not todo and not force_cast:
+        pending = p.live(self.patches.get(key, ()))
+        if not pending and not force_cast:
             return weight
-        out = p.patched(weight if device_to is None else weight.to(device=device_to), todo, key)
+        out = p.patched(weight if device_to is None else weight.to(device=device_to), pending, key)
         if return_weight:
             return out
         if key not in self.backup:
@@ -157,10 +157,10 @@ class _FourBit:
     def _put_patched(self, out: dict, name: str, module, prefix: str) -> None:
         """Replaces the entries of a layer that is not loaded by those with its patches."""
         key = f"{prefix}{name}.weight"
-        todo = p.live(self.patches.get(key, ()))
+        pending = p.live(self.patches.get(key, ()))
         bias = self.patch_weight_to_device(f"{prefix}{name}.bias", return_weight=True)
-        if not todo or p.factors(todo, tuple(module.weight.shape)) is not None:
-            weight = p.patched(module.weight, todo, key)
+        if not pending or p.factors(pending, tuple(module.weight.shape)) is not None:
+            weight = p.patched(module.weight, pending, key)
             out.update({f"{name}.{part}": t for part, t in stored(weight, module.quant_format).items()})
         else:
             for part in stored(module.weight, module.quant_format):
@@ -246,12 +246,12 @@ class NibblePatcherDynamic(_FourBit, ModelPatcherDynamic):
         module.weight_lowvram_function = None
         if patch is None or key in self.backup:  # in backup: small, and already patched in place
             return
-        todo = p.live(self.patches.get(key, ()))
-        low_rank = p.factors(todo, tuple(module.weight.shape)) if todo else None
+        pending = p.live(self.patches.get(key, ()))
+        low_rank = p.factors(pending, tuple(module.weight.shape)) if pending else None
         if low_rank is not None:
             module.lora = tuple(t.to(device=device, dtype=module.weight.dtype).contiguous() for t in low_rank)
             self.model.model_loaded_weight_memory += sum(t.numel() * t.element_size() for t in module.lora)
-        elif todo:
+        elif pending:
             module.weight_function = [patch, *module.weight_function]
 
     def restore_loaded_backups(self):

@@ -129,17 +129,17 @@ def patched(weight: QuantizedTensor, patches: Sequence[tuple], key: str, origina
 
     Without a patch that changes anything it is ``weight`` itself. ``original``: ComfyUI's original_weights.
     """
-    todo = live(patches)
-    if not todo:
+    pending = live(patches)
+    if not pending:
         return weight
-    low_rank = factors(todo, tuple(weight.shape))
+    low_rank = factors(pending, tuple(weight.shape))
     if low_rank is not None:
         return grown(weight, *low_rank)
     before = dense(weight)
-    after = comfy.lora.calculate_weight(todo, before.clone(), key, original_weights=original)
-    adapters = any(isinstance(p[1], WeightAdapterBase) for p in todo)
+    after = comfy.lora.calculate_weight(pending, before.clone(), key, original_weights=original)
+    adapters = any(isinstance(p[1], WeightAdapterBase) for p in pending)
     if adapters and torch.equal(before, after):
-        kinds = ", ".join(sorted({type(p[1]).__name__ for p in todo}))
+        kinds = ", ".join(sorted({type(p[1]).__name__ for p in pending}))
         log.warning("%s: a patch (%s) did not change this layer; ComfyUI's message above says why", key, kinds)
     return after.to(weight.dtype)
 
@@ -152,21 +152,21 @@ def on_the_fly(weight: QuantizedTensor, functions: Iterable) -> Tensor:
     if not functions:
         return weight
     if all(getattr(f, "is_lowvram_patch", False) for f in functions):
-        todo = live([patch for f in functions for patch in f.patches.get(f.key, ())])
-        low_rank = _remembered(functions[0], todo, weight) if todo else None
-        return patched(weight, todo, functions[0].key) if low_rank is None else grown(weight, *low_rank)
+        pending = live([patch for f in functions for patch in f.patches.get(f.key, ())])
+        low_rank = _remembered(functions[0], pending, weight) if pending else None
+        return patched(weight, pending, functions[0].key) if low_rank is None else grown(weight, *low_rank)
     value = dense(weight)
     for function in functions:
         value = function(value)
     return value.to(weight.dtype)
 
 
-def _remembered(holder, todo: Sequence[tuple], weight: QuantizedTensor) -> tuple[Tensor, Tensor] | None:
+def _remembered(holder, pending: Sequence[tuple], weight: QuantizedTensor) -> tuple[Tensor, Tensor] | None:
     """`factors` in the weight's own dtype, once for each of ComfyUI's patch objects: it makes new ones whenever
     patches change.
     """
     if not hasattr(holder, "nibble_factors"):
-        low_rank = factors(todo, tuple(weight.shape))
+        low_rank = factors(pending, tuple(weight.shape))
         dtype = weight._params.scale.dtype
         holder.nibble_factors = None if low_rank is None else tuple(t.to(dtype) for t in low_rank)
     return holder.nibble_factors

@@ -190,14 +190,14 @@ def served(prompt: dict, ran: list[str]) -> set[str]:
     Lazy inputs prove nothing: their node may simply not have been asked for.
     """
     found: set[str] = set()
-    todo = [id for id in ran if id in prompt]
-    while todo:
-        node = prompt[todo.pop()]
+    ahead = [id for id in ran if id in prompt]
+    while ahead:
+        node = prompt[ahead.pop()]
         lazy = lazy_inputs(node["class_type"])
         for source in sources(node, without=lazy):
             if source in prompt and source not in found:
                 found.add(source)
-                todo.append(source)
+                ahead.append(source)
     return found
 
 

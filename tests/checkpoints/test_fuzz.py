@@ -35,7 +35,7 @@ STEMS = (
     "layers.0.feed_forward.net.0.proj", "transformer_blocks.0.cross_attn.q_linear", "transformer_blocks.0.norm1.linear",
     "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_qkv", "double_blocks.0.img_attn.qkv",
 )  # fmt: skip
-NAMES = ("../../etc/passwd", "/root/x.weight", "a" * 300, "", ".", "a..weight", "\u0000.weight", "a.weight.absmax",
+NAMES = ("../../etc/passwd", "/etc/x.weight", "a" * 300, "", ".", "a..weight", "\u0000.weight", "a.weight.absmax",
          "a.qweight", "a.wscales", "a.comfy_quant", "a.parts.0",
          "b.proj_down", "\u202e.bias", "a\nb.weight")  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,

@@ -92,7 +92,9 @@ def test_training_lowers_the_few_step_error():
     source = lambda _step, g: c.Batch(MEAN + toy.spread * torch.randn(32, 1, 4, 4, generator=g), [None] * 32)  # noqa: E731
     plan = loop.Plan("toy", 600, 32, 1e-2, warmup=10, weight_decay=0.0, ema=0.9)
     settings = c.Consistency(skip=100, omega=(0.0, 0.0))
-    result = loop.train(plan, [knobs], c.lcd_loss(c.Student(student, student), toy.denoise, source, toy.path, settings))
+    both = c.Student(student, student)
+    distance = lambda b, d: c.lcd(both, toy.denoise, b, d, toy.path, settings)  # noqa: E731
+    result = loop.train(plan, [knobs], c.objective(distance, source, toy.path, settings))
     assert len(result.losses) == 600
     assert error() < 0.6 * before, (before, error())
 
@@ -114,7 +116,8 @@ def test_fine_tuning_learns_pictures_that_the_base_does_not_know():
         return float((got - 2).square().mean())
 
     before, settings = far(), c.Consistency(skip=100)
-    loss = c.lcf_loss(c.Student(student, student), lambda _s, _g: c.Batch(picture, [None] * 32), toy.path, settings)
+    distance = lambda b, d: c.lcf(c.Student(student, student), b, d, toy.path, settings)  # noqa: E731
+    loss = c.objective(distance, lambda _s, _g: c.Batch(picture, [None] * 32), toy.path, settings)
     result = loop.train(loop.Plan("lcf", 600, 32, 1e-2, warmup=10, weight_decay=0.0, ema=0.9), [knobs], loss)
     assert sum(result.losses[-30:]) < 0.5 * sum(result.losses[:30])
     assert far() < 0.3 * before

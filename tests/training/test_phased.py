@@ -86,7 +86,9 @@ def test_training_follows_the_trajectory():
     before, settings = error(), phased.Phases(skip=100, omega=(0.0, 0.0), count=2)
     source = lambda _step, g: c.Batch(MEAN + toy.spread * torch.randn(32, 1, 4, 4, generator=g), [None] * 32)  # noqa: E731
     plan = loop.Plan("toy", 600, 32, 3e-2, warmup=10, weight_decay=0.0, ema=0.9)
-    loop.train(plan, [knobs], phased.loss(c.Student(student, student), toy.denoise, source, toy.path, settings))
+    both = c.Student(student, student)
+    distance = lambda b, d: phased.distance(both, toy.denoise, b, d, toy.path, settings)  # noqa: E731
+    loop.train(plan, [knobs], c.objective(distance, source, toy.path, settings))
     assert error() < 0.7 * before, (before, error())
 
 

@@ -36,6 +36,27 @@ FORWARD = {
 }
 
 
+class HostBuffer:
+    """Stands in for aimdo's pinned memory."""
+
+    size = 0
+
+    def __init__(self, *_):
+        pass
+
+    def truncate(self, *_, **__):
+        pass
+
+
+def dynamic_of(static):
+    """The same model in ComfyUI's dynamic patcher as this pack claims it; on a CPU, ComfyUI makes a static one."""
+    comfy.model_patcher.comfy_aimdo.host_buffer.HostBuffer = HostBuffer
+    made, cpu = object.__new__(comfy.model_patcher.ModelPatcherDynamic), torch.device("cpu")
+    made.__init__(static.model, cpu, cpu)
+    made.cached_patcher_init = static.cached_patcher_init
+    return ours("nodes.bridge.patcher").claim(made)
+
+
 def layers(model) -> dict:
     """Dotted name -> module of every 4-bit layer."""
     named = model.model.diffusion_model.named_modules()

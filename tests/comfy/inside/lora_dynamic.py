@@ -11,36 +11,21 @@ from lora_common import (
     args,
     comfy,
     cosine,
+    dynamic_of,
     kernels,
     layers,
     load,
     lora,
     lora_files,
     now,
-    ours,
     run,
     torch,
     with_lora,
 )
 
 family, four_file = args
-patcher = ours("nodes.bridge.patcher")
 cpu = torch.device("cpu")
 
-
-class HostBuffer:
-    """Stands in for aimdo's pinned memory."""
-
-    size = 0
-
-    def __init__(self, *_):
-        pass
-
-    def truncate(self, *_, **__):
-        pass
-
-
-comfy.model_patcher.comfy_aimdo.host_buffer.HostBuffer = HostBuffer
 static = load.diffusion_model(four_file)
 before = run(static, family)
 _, one = lora(static, seed=1)
@@ -53,12 +38,9 @@ for name, module in layers(static).items():
 loaded["dora"] = run(with_lora(static, strange), family)
 static.detach()
 
-# ComfyUI makes an ordinary patcher for a CPU; this is the dynamic one on the same device.
 base = load.diffusion_model(four_file)
-dynamic = object.__new__(comfy.model_patcher.ModelPatcherDynamic)
-dynamic.__init__(base.model, cpu, cpu)
-dynamic.cached_patcher_init = base.cached_patcher_init
-result = {"claimed": type(patcher.claim(dynamic)).__name__}
+dynamic = dynamic_of(base)
+result = {"claimed": type(dynamic).__name__}
 
 
 def clone_of(model):

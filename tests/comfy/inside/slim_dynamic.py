@@ -6,10 +6,9 @@ need a GPU, are replaced by empty ones, and there is no reserved VRAM.
 
 import json
 
-from lora_common import comfy, mm, ours, torch
+from lora_common import comfy, dynamic_of, mm, ours, torch
 
 demo, slim, choose = ours("nodes.bridge.demo"), ours("nodes.bridge.slim"), ours("slim.choose")
-patcher = ours("nodes.bridge.patcher")
 cpu = torch.device("cpu")
 g = torch.Generator().manual_seed(0)
 x, t, context = torch.randn(1, 4, 16, 16, generator=g), torch.tensor([5.0]), torch.randn(1, 16, 128, generator=g)
@@ -18,30 +17,9 @@ inputs = slim.Inputs(([[context, {}]],), torch.zeros(1, 4, 16, 16), 1)
 WISH = choose.Wish(0.85, blocks="middle 0: skip, separable\ninput 3: skip, low rank\noutput 2: pool")
 
 
-class HostBuffer:
-    """Stands in for aimdo's pinned memory."""
-
-    size = 0
-
-    def __init__(self, *_):
-        pass
-
-    def truncate(self, *_, **__):
-        pass
-
-
 def answer(model):
     options = model.model_options["transformer_options"]
     return model.model.apply_model(x, t, c_crossattn=context, transformer_options=options)
-
-
-def dynamic_of(static):
-    """The same model in the dynamic patcher; on a CPU, ComfyUI makes a static one."""
-    comfy.model_patcher.comfy_aimdo.host_buffer.HostBuffer = HostBuffer
-    made = object.__new__(comfy.model_patcher.ModelPatcherDynamic)
-    made.__init__(static.model, cpu, cpu)
-    made.cached_patcher_init = static.cached_patcher_init
-    return patcher.claim(made)
 
 
 def in_turn(models, load, expected) -> list[bool]:
