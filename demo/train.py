@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 LICENCE = {"modelspec.license": "see demo/LICENSES.md"}
 
 
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file in float16, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({k: v.half().contiguous().cpu() for k, v in tensors.items()}, part, metadata)
+    os.replace(part, path)
+
+
 class Run:
     """Paths, data and the parts trained so far. Each stage is a method; it reads what earlier ones wrote."""
 
@@ -133,11 +141,7 @@ class Run:
         state = convert_state_dict_to_kohya({f"unet.{k}": v for k, v in state.items()})
         state = {k.replace("unet_", "lora_unet_", 1) if k.startswith("unet_") else k: v for k, v in state.items()}
         path = self.out / LORAS[which].relative_to(ROOT)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        meta = {"modelspec.title": title, "modelspec.trigger_phrase": trigger, **LICENCE}
-        part = path.with_suffix(".part")
-        save_file({k: v.half().contiguous().cpu() for k, v in state.items()}, part, meta)
-        os.replace(part, path)
+        write(path, state, {"modelspec.title": title, "modelspec.trigger_phrase": trigger, **LICENCE})
         log.info("%s: %d tensors, %d bytes", path.name, len(load_file(path)), path.stat().st_size)
 
     def style(self) -> None:
@@ -180,9 +184,7 @@ class Run:
         model, projection, seconds = tower.learn(texts, pictures, self.work, self.device)
         model.half().save_pretrained(self.out / VISION.relative_to(ROOT))
         path = self.out / VISION.relative_to(ROOT) / "model.safetensors"
-        part = path.with_suffix(".part")
-        save_file({**load_file(path), TEXT_PROJECTION: projection.half().cpu()}, part, {"format": "pt"})
-        os.replace(part, path)
+        write(path, {**load_file(path), TEXT_PROJECTION: projection}, {"format": "pt"})
         figures = tower.retrieval(model.float(), projection, self.emoji, pictures, text, tokenizer)
         self.note("tower", seconds=round(seconds), steps=tower.TOWER.steps, **figures)
         log.info("%s", json.dumps(figures, indent=1))
@@ -196,12 +198,8 @@ class Run:
         batches = image_prompt.Batches(self.emoji, self.tokenizer(), latents, seen)
         for which, path in IP_ADAPTERS.items():
             adapter, seconds = image_prompt.learn(which, self.trained()[0], text, batches, self.work, self.device)
-            state = {k: v.half().contiguous().cpu() for k, v in adapter.state_dict().items()}
             path = self.out / path.relative_to(ROOT)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            save_file(state, part, {"modelspec.title": f"Nibble demo: IP-Adapter, {which}", **LICENCE})
-            os.replace(part, path)
+            write(path, adapter.state_dict(), {"modelspec.title": f"Nibble demo: IP-Adapter, {which}", **LICENCE})
             plan = image_prompt.PLANS[which]
             self.note(plan.name, seconds=round(seconds), steps=plan.steps, bytes=path.stat().st_size)
 
