@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.demo import dataset, evaluate, recognise
 from comfyui_nibble.headless import pipeline, train
+from comfyui_nibble.profiling import alive
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
 from comfyui_nibble.quant.policy import plan
-from comfyui_nibble.training import adapters, data, denoise, lora
+from comfyui_nibble.training import adapters, data, denoise, eight_bit, lora
 from comfyui_nibble.training.loop import Plan, Watch
 
 HELD = 40
@@ -121,31 +123,27 @@ def quality(task: Task, steps: int, say: Callable[[str], None], out: Path | None
     return result
 
 
-class Kept:
-    """Bytes of the tensors that autograd keeps for the backward pass, each storage once."""
-
-    def __init__(self):
-        self.storages: dict[int, int] = {}
-
-    def pack(self, tensor):
-        storage = tensor.untyped_storage()
-        self.storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+@torch.no_grad()
+def halved(module):
+    """``module`` in bfloat16, 4-bit layers' scales and branches too."""
+    module.to(torch.bfloat16).requires_grad_(False)
+    for layer in adapters.linears(module).values():
+        if kernels.is_ours(layer.weight):
+            layer.weight = torch.nn.Parameter(kernels.cast(layer.weight, torch.bfloat16), requires_grad=False)
+    return module
 
 
-def unet(bits: int, folder: Path):
-    """(the demo model's UNet, one forward pass of its loss)."""
-    task = Task(folder, 1, bits)
-    denoiser = denoise.diffusers_unet(task.pipe.unet, task.pipe.scheduler)
-    sample = task.samples()[0][0]
-    x0 = sample.latent[None]
-    return task.pipe.unet, lambda: denoiser.loss(
-        x0, torch.randn_like(x0), denoiser.at(torch.tensor([0.5])), [sample.cond]
-    )
+def unet(bits: int) -> tuple:
+    """(the demo model's UNet, its `Denoiser`, a condition)."""
+    pipe = pipeline.load_pipeline(demo.MODEL)
+    if bits == 4:
+        pipeline.quantize(pipe, 16)
+    cond = train.encode(pipe, "red apple", torch.zeros(4, 16, 16))
+    return halved(pipe.unet), denoise.diffusers_unet(pipe.unet, pipe.scheduler), cond
 
 
-def transformer(bits: int, _folder: Path):
-    """(a random SD3 transformer of about the demo UNet's size, one forward pass of a loss)."""
+def transformer(bits: int) -> tuple:
+    """(a random SD3 transformer of about the demo UNet's size, its `Denoiser`, a condition)."""
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
@@ -156,31 +154,31 @@ def transformer(bits: int, _folder: Path):
     )  # fmt: skip
     if bits == 4:
         plans = plan(linear_shapes(module), pipeline.family_of(module).rules, 16)
-        quantize_module(module, plans, torch.float32)
-    x, text, pooled, t = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 128), torch.randn(1, 128), torch.tensor([500.0])
-    return module, lambda: module(x, text, pooled, t).sample.square().mean()
+        quantize_module(module, plans, torch.bfloat16)
+    halved(module)
+
+    def predict(x, sigma, conds):
+        n = len(x)
+        text, pooled = (torch.zeros(n, *size, dtype=torch.bfloat16) for size in ((77, 128), (128,)))
+        return x - sigma.view(-1, 1, 1, 1) * module(x.bfloat16(), text, pooled, 1000 * sigma).sample.float()
+
+    sigmas = torch.linspace(0.001, 1, 1000)
+    return module, denoise.Denoiser(predict, denoise.straight, sigmas, flow=True), {}
 
 
-def memory(make: Callable, bits: int, folder: Path) -> dict[str, int]:
-    """Tensor bytes at the peak of a training step; all that is not codes is counted in 16 bits, the LoRA in 32."""
-    module, loss = make(bits, folder)
-    module.requires_grad_(False)
-    loras = adapters.Adapters(module, lora.usual(list(adapters.linears(module))), 8)
-    own = {p.untyped_storage().data_ptr() for p in module.parameters() if not kernels.is_ours(p)}
-    kept = Kept()
-    with loras.attached(), torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda t: t):
-        loss()
-    saved = sum(size for place, size in kept.storages.items() if place not in own)
-    weights = pipeline.measure(module)
-    return {
-        "weights": weights.quantized + weights.other,
-        "factors, gradients and AdamW": sum(p.numel() for p in loras.parameters()) * 16,
-        "kept for backward": saved // 2,
-    }
-
-
-def _total(row: dict[str, int]) -> int:
-    return sum(row.values())
+def memory(make: Callable, bits: int, checkpointing: bool) -> dict[str, int]:
+    """Tensor bytes of LoRA training in bfloat16 (batch 1, rank 8, AdamW, average): the model's, and the most that two
+    updates add.
+    """
+    module, denoiser, cond = make(bits)
+    samples = [data.Sample(torch.zeros(4, 16, 16), cond, cond)]
+    recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=checkpointing)
+    with eight_bit.wanted(module, recipe.hold):
+        weights = alive.resident(module)
+        with alive.Alive() as made:
+            loras = adapters.Adapters(module, lora.usual(list(adapters.linears(module))), 8)
+            lora.train_lora(denoiser, loras, (samples, []), replace(recipe, hold=False))
+    return {"weights": weights, "training": made.peak, "together": weights + made.peak}
 
 
 def main() -> None:
@@ -194,9 +192,10 @@ def main() -> None:
     args = parser.parse_args()
     figures: dict = {}
     if args.only != "quality":
-        for make in (unet, transformer):
-            rows = {bits: memory(make, bits, args.data) for bits in (16, 4)}
-            figures[f"memory, {make.__name__}"] = {**rows, "ratio": _total(rows[4]) / _total(rows[16])}
+        for make, checkpointing in itertools.product((unet, transformer), (False, True)):
+            rows = {bits: memory(make, bits, checkpointing) for bits in (16, 4)}
+            ratio = rows[4]["together"] / rows[16]["together"]
+            figures[f"memory, {make.__name__}, checkpointing {checkpointing}"] = {**rows, "ratio": ratio}
     if args.only != "memory":
         say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
         figures["quality"] = quality(Task(args.data, args.pictures), args.steps, say, args.lora)

@@ -38,6 +38,7 @@ def add_command(subparsers) -> None:
     out.add_argument("--ema", type=float, default=0.99, help="decay of the weights' average, 0 for none (default 0.99)")
     out.add_argument("--hold-out", type=float, default=0.1, help="share of pictures to validate with (default 0.1)")
     out.add_argument("--checkpointing", action="store_true", help="less memory, about a third slower")
+    out.add_argument("--keep-16-bit", action="store_true", help="do not hold convolutions of a 4-bit base in 8 bits")
     out.add_argument("--work", type=Path, help="folder of the state to resume from (default: beside --out)")
     out.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
     out.add_argument("--seed", type=int, default=0)
@@ -150,7 +151,7 @@ def plan_of(args: argparse.Namespace, pipe):
         seed=args.seed, schedule=args.schedule, accumulate=args.accumulate, optimizer=args.optimizer,
         loss_scale=1024.0 if pipe.unet.dtype == torch.float16 else 1.0,
     )  # fmt: skip
-    return lora.Recipe(plan, args.dropout, args.checkpointing)
+    return lora.Recipe(plan, args.dropout, args.checkpointing, not args.keep_16_bit)
 
 
 def work_of(args: argparse.Namespace) -> Path:

@@ -44,8 +44,8 @@ def unpack_unsigned(packed: Tensor) -> Tensor:
 
 def unpack_signed(packed: Tensor) -> Tensor:
     """(..., K/2) int8 -> (..., K) int8 codes in [-8, 7]."""
-    codes = unpack_unsigned(packed).view(torch.int8)
-    return torch.where(codes > 7, codes - 16, codes)
+    # arithmetic shifts carry the sign of a nibble at the top of its byte
+    return torch.stack(((packed << 4) >> 4, packed >> 4), -1).flatten(-2)
 
 
 def tiles_fit(n: int, k: int) -> bool:

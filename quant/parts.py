@@ -67,19 +67,22 @@ class Parts:
 
 
 DENSE = {
-    SVDQuantWeight: svdquant.dequantize,
     AWQWeight: awq.dequantize,
     NVFP4LowRankWeight: nvfp4_lowrank.dequantize,
     WeightOnly: weight_only.dequantize,
 }
 
 
-def dequantize(w: Plain | Parts) -> Tensor:
-    """The effective dense weight of any plain weight, (N, K) float32, branch included."""
+def dequantize(w: Plain | Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The effective dense weight of any plain weight, (N, K), branch included. For ``dtype`` other than float32 it is
+    made in the least memory, a few of its own rounding errors off.
+    """
+    if isinstance(w, SVDQuantWeight):
+        return svdquant.dequantize(w, dtype)
     if not isinstance(w, Parts):
-        return DENSE[type(w)](w)
-    dense = torch.cat([dequantize(p) for p in w.parts], 0 if w.axis == ROWS else 1)
-    return dense if w.proj_down is None else dense + w.proj_up.float() @ w.proj_down.float().t()
+        return DENSE[type(w)](w).to(dtype)
+    dense = torch.cat([dequantize(p, dtype) for p in w.parts], 0 if w.axis == ROWS else 1)
+    return dense if w.proj_down is None else dense + w.proj_up.to(dtype) @ w.proj_down.to(dtype).t()
 
 
 def shift(w: Plain | Parts) -> Tensor | None:

@@ -68,16 +68,16 @@ class SVDQuantWeight:
         return replace(self, **sides)
 
 
-def residual(w: SVDQuantWeight) -> Tensor:
-    """The 4-bit part in the raw-x domain: codes * wscales / smooth_factor, (N, K) float32."""
+def residual(w: SVDQuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The 4-bit part in the raw-x domain: codes * wscales / smooth_factor, (N, K) computed in ``dtype``."""
     n, k = w.shape
-    codes = unpack_signed(w.qweight).float().reshape(n, k // GROUP, GROUP)
-    return (codes * w.wscales.float().t().unsqueeze(-1)).reshape(n, k) / w.smooth_factor.float()
+    codes = unpack_signed(w.qweight).to(dtype).reshape(n, k // GROUP, GROUP)
+    return codes.mul_(w.wscales.to(dtype).t().unsqueeze(-1)).reshape(n, k).div_(w.smooth_factor.to(dtype))
 
 
-def dequantize(w: SVDQuantWeight) -> Tensor:
-    """The effective dense weight, (N, K) float32: 4-bit part plus low-rank branch. See also `dense_bias`."""
-    return residual(w) + w.proj_up.float() @ w.proj_down.float().t()
+def dequantize(w: SVDQuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The effective dense weight, (N, K): 4-bit part plus low-rank branch. See also `dense_bias`."""
+    return residual(w, dtype).addmm_(w.proj_up.to(dtype), w.proj_down.to(dtype).t())
 
 
 def stored_bias(w: SVDQuantWeight, bias: Tensor | None) -> Tensor | None:

@@ -5,8 +5,9 @@ or ComfyUI's quantized ones.
     dL/dx = dL/dy W + ...                      W the frozen layer's effective dense weight
 
 ``frozen`` is the module's own forward: the real kernel, with whatever it rounds activations to, so training sees what
-sampling will do. Its gradient is straight-through: that of the dense product, with W made for one product and dropped
-again. The frozen weight is never written to, and nothing of a layer's inner work is kept for the backward pass.
+sampling will do. Its gradient is straight-through: that of the dense product, with some rows of W at a time made for
+it and dropped again. The frozen weight is never written to, and nothing of a layer's inner work is kept for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
-from ..quant import kernels
+from ..quant import kernels, parts
 
+ELEMENTS = 2**23  # of a 4-bit weight that are made dense at a time
 PREFIX = "diffusion_model."
 
 
@@ -45,29 +47,45 @@ def forwards(layers: Mapping[str, nn.Module], made: Callable[[str, nn.Module], C
                 layer.forward = before[name]
 
 
-def dense(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The effective (N, K) weight of a linear, made on ``device``."""
+def blocks(layer: nn.Module, dtype: torch.dtype, device: torch.device | str) -> Iterator[Tensor]:
+    """The effective (N, K) weight of a linear on ``device``, of a large 4-bit one some rows at a time."""
     weight = layer.weight.detach()
-    if kernels.is_ours(weight):
-        return kernels.dense(weight.to(device=device)).to(dtype)
-    if isinstance(weight, QuantizedTensor):
-        return weight.to(device=device).dequantize().to(dtype)
-    return weight.to(device=device, dtype=dtype)
+    if not kernels.is_ours(weight):
+        dequantized = weight.to(device=device)
+        yield (dequantized.dequantize() if isinstance(weight, QuantizedTensor) else dequantized).to(dtype)
+        return
+    whole = kernels.unwrap(weight.to(device=device))
+    if isinstance(whole, parts.Parts):
+        yield parts.dequantize(whole, dtype)
+        return
+    n, k = whole.shape
+    step = max(1, ELEMENTS // k)
+    for start in range(0, n, step):
+        yield parts.dequantize(parts.take_rows(whole, start, min(start + step, n)), dtype)
+
+
+def dense(layer: nn.Module, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The effective (N, K) weight of a linear, made on ``device``."""
+    return torch.cat(list(blocks(layer, dtype, device)))
 
 
 class Frozen(torch.autograd.Function):
     """A frozen linear: its own forward, the gradient of the dense product."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, product: Callable[[Tensor], Tensor], effective: Callable[..., Tensor]) -> Tensor:
+    def forward(ctx, x: Tensor, product: Callable[[Tensor], Tensor], effective: Callable[..., Iterator[Tensor]]):
         ctx.effective, ctx.dtype = effective, x.dtype
         y = product(x)
         return y.clone() if y._base is not None else y  # models add to it in place, which autograd forbids on views
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        weight = ctx.effective(grad.dtype, grad.device)
-        return (grad @ weight).to(ctx.dtype), None, None
+        out, start = None, 0
+        for block in ctx.effective(grad.dtype, grad.device):
+            stop = start + block.shape[0]
+            part, start = grad[..., start:stop] @ block, stop
+            out = part if out is None else out.float() + part
+        return out.to(ctx.dtype), None, None
 
 
 class Factors(nn.Module):
@@ -108,8 +126,7 @@ class Adapters:
     """LoRAs for the linears ``names`` of ``module``. They act only inside `attached`, and not inside `off`. With rank 0
     they are whole matrices (`Whole`).
 
-    ``effective(layer, dtype, device)``: a layer's dense weight for the backward pass, `dense` unless something else
-    changes what a layer computes. Raises ValueError for a name that is no linear of the module.
+    Raises ValueError for a name that is no linear of the module.
     """
 
     def __init__(
@@ -119,7 +136,6 @@ class Adapters:
         rank: int,
         alpha: float | None = None,
         seed: int = 0,
-        effective: Callable[[nn.Module, torch.dtype, torch.device], Tensor] = dense,
     ):
         found = linears(module)
         names = list(names)
@@ -127,7 +143,7 @@ class Adapters:
         if unknown or not names:
             raise ValueError(f"The model has no linear layer {unknown[0]!r}" if unknown else "No layer to train")
         self.layers = found  # all: a quantized linear has no gradient of its own
-        self.module, self.effective, self.active, self.check = module, effective, True, lambda: None
+        self.module, self.active, self.check = module, True, lambda: None
         generator = torch.Generator().manual_seed(seed)
         # Outside inference mode: a node runs in it, and tensors made there can never be trained.
         with torch.inference_mode(False):
@@ -169,9 +185,9 @@ class Adapters:
             self.active = before
 
     def _forward(self, layer: nn.Module, product: Callable, factors: nn.Module | None) -> Callable[[Tensor], Tensor]:
-        def effective(dtype: torch.dtype, device: torch.device) -> Tensor:
+        def effective(dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
             self.check()
-            return self.effective(layer, dtype, device)
+            return blocks(layer, dtype, device)
 
         def forward(x: Tensor) -> Tensor:
             self.check()

@@ -20,7 +20,7 @@ from ..quant import kernels, svdquant
 from ..quant.awq import AWQWeight
 from ..quant.packing import unpack_signed, unpack_unsigned
 from ..quant.svdquant import GROUP, SVDQuantWeight
-from .adapters import Frozen, dense, forwards, linears
+from .adapters import Frozen, blocks, forwards, linears
 
 
 class _Product(torch.autograd.Function):
@@ -180,9 +180,9 @@ class Tuner:
 def _kept(layer: nn.Module, product: Callable, check: Callable[[], None]) -> Callable[[Tensor], Tensor]:
     """A layer that is not tuned: its own forward, the gradient of its dense product."""
 
-    def effective(dtype: torch.dtype, device: torch.device) -> Tensor:
+    def effective(dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
         check()
-        return dense(layer, dtype, device)
+        return blocks(layer, dtype, device)
 
     return lambda x: Frozen.apply(x, product, effective)
 

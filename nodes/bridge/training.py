@@ -46,7 +46,8 @@ class Settings:
     dropout: float = 0.1
     ema: float = 0.99
     hold_out: float = 0.1
-    checkpointing: bool = False
+    checkpointing: bool = True
+    hold: bool = True
 
     def recipe(self, loss_scale: float) -> lora.Recipe:
         plan = Plan(
@@ -54,7 +55,7 @@ class Settings:
             ema=self.ema, seed=self.seed, schedule=self.schedule, accumulate=self.accumulate,
             optimizer=self.optimizer, loss_scale=loss_scale,
         )  # fmt: skip
-        return lora.Recipe(plan, self.dropout, self.checkpointing)
+        return lora.Recipe(plan, self.dropout, self.checkpointing, self.hold)
 
 
 def train(parts: tuple, folder: Path, settings: Settings, out: Path, node_id: str | None = None):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from comfyui_nibble.headless import pipeline, train
 from comfyui_nibble.headless.cli import main
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read
+from comfyui_nibble.profiling import alive
 from comfyui_nibble.quant import kernels
-from comfyui_nibble.training import adapters, checkpointing, denoise, lora
+from comfyui_nibble.training import adapters, checkpointing, data, denoise, eight_bit, lora
 from comfyui_nibble.training.loop import Plan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -55,6 +57,31 @@ def test_forty_pictures_lower_the_validation_loss(trained, found):
     assert outcome.change <= -0.2
     text = lora.report(recipe, outcome, (40, 8), len(loras.factors))
     assert "8 pictures held out" in text and f"{outcome.change:+.1%}" in text
+
+
+def bytes_of_training(bits: int) -> int:
+    """The model's and the most that two updates add, in bfloat16, with the node's defaults."""
+    made = pipeline.load_pipeline(demo.MODEL)
+    cond = train.encode(made, "red apple", torch.zeros(4, 16, 16))
+    if bits == 4:
+        pipeline.quantize(made, 16)
+    unet = made.unet.to(torch.bfloat16)
+    for layer in adapters.linears(unet).values():
+        if kernels.is_ours(layer.weight):
+            layer.weight = torch.nn.Parameter(kernels.cast(layer.weight, torch.bfloat16), requires_grad=False)
+    recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=True)
+    sample = data.Sample(torch.zeros(4, 16, 16), cond, cond)
+    with eight_bit.wanted(unet, True):
+        weights = alive.resident(unet)
+        with alive.Alive() as added:
+            train.train(made, ([sample], []), replace(recipe, hold=False), 8)
+    return weights + added.peak
+
+
+def test_memory_on_the_4_bit_base_is_below_six_tenths():
+    four, sixteen = bytes_of_training(4), bytes_of_training(16)
+    print(f"{four / 1e6:.2f} of {sixteen / 1e6:.2f} MB, {four / sixteen:.3f}")
+    assert four < 0.6 * sixteen
 
 
 def test_the_file_changes_both_bases_alike(pipe, trained, found):

@@ -1,18 +1,16 @@
 """Whole modules: what is watched, in how many runs, in how much memory, and what comes out."""
 
 import dataclasses
-import weakref
 
 import pytest
 import torch
 from comfyui_nibble.checkpoints import resume
 from comfyui_nibble.demo import parts
+from comfyui_nibble.profiling.alive import Alive
 from comfyui_nibble.quant.calib import engine, presets
 from comfyui_nibble.quant.calib.observe import Observer, runs_needed
 from comfyui_nibble.quant.policy import LayerPlan
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class Block(nn.Module):
@@ -50,26 +48,6 @@ def job(module: Block, names=("q", "k", "v", "out", "unused"), preset: str = "fa
         weight=weights.get,
         **options,
     )
-
-
-class Count(TorchDispatchMode):
-    """Tensor bytes alive that were made inside, counted at every operation."""
-
-    live, peak = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
-                size = t.untyped_storage().nbytes()
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(t.untyped_storage(), self.free, size)
-        return out
-
-    def free(self, size):
-        self.live -= size
 
 
 class TestObserver:
@@ -210,7 +188,7 @@ def test_peak_memory_of_a_layer_stays_under_the_stated_bound(n, k, preset):
     from comfyui_nibble.quant.calib.solve import Sample, solve
 
     sample = Sample(tokens, tokens.abs().amax(0))
-    with Count() as count:
+    with Alive() as count:
         solve(weight, None, sample, LayerPlan("svdquant_w4a4", "", 32), row, torch.bfloat16)
     assert n * k * 4 < count.peak <= engine.working_bytes(n, k, row)
 
@@ -232,7 +210,7 @@ def test_peak_memory_of_a_run_stays_under_the_stated_bound(budget):
         for t in (100, 500, 900):
             unet(x, t, text)
 
-    with Count() as alone:
+    with Alive() as alone:
         run()
     work = engine.Job(
         plans={n: LayerPlan("svdquant_w4a4", "", 32) for n in layers},
@@ -243,7 +221,7 @@ def test_peak_memory_of_a_run_stays_under_the_stated_bound(budget):
         budget=budget,
     )
     shapes = {n: tuple(m.weight.shape) for n, m in layers.items()}
-    with Count() as count, torch.no_grad():
+    with Alive() as count, torch.no_grad():
         solved = engine.calibrate(unet, work)
     bound = engine.peak_bytes(shapes, work)
     print(f"forward {alone.peak / 2**20:.1f}, calibration {count.peak / 2**20:.1f}, bound {bound / 2**20:.1f} MiB")
