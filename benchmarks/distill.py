@@ -2,8 +2,8 @@
 
     python benchmarks/distill.py [--only loftq lcm ...] [--updates 150] [--json distill.json]
 
-Base: the demo quantized to 4 bits at rank 16. Teacher: the demo in 16 bits. Pictures of few steps are compared with the
-teacher's from the same noise, on pairs that were not trained on; smaller is better.
+Base: the demo quantized to 4 bits at ``--rank``. Teacher: the demo in 16 bits. Pictures of few steps are compared with
+the teacher's from the same noise, on pairs that were not trained on; smaller is better.
 """
 
 # ruff: noqa: TID251
@@ -22,7 +22,7 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.convert import plan_source
 from comfyui_nibble.checkpoints.source import open_source
-from comfyui_nibble.demo import recognise
+from comfyui_nibble.demo import dataset, recognise
 from comfyui_nibble.headless import pipeline
 from comfyui_nibble.headless import train as headless
 from comfyui_nibble.quant.schemes import KEEP
@@ -54,10 +54,11 @@ class Bench:
     def __init__(self, args: argparse.Namespace, work: Path):
         self.args, self.work = args, work
         self.teacher_pipe, self.pipe = (pipeline.load_pipeline(demo.MODEL) for _ in range(2))
-        pipeline.quantize(self.pipe, RANK)
+        pipeline.quantize(self.pipe, args.rank)
         for one in (self.teacher_pipe, self.pipe):
             one.unet.requires_grad_(False)
-        self.names = [names[0] for names in recognise.load("noto").names[: args.prompts]]
+        known = [e.captions for e in dataset.load(args.data)[0]] if args.data else recognise.load("noto").names
+        self.names = [names[0] for names in known[: args.prompts]]
         like = torch.zeros(SHAPE)
         self.cond = [headless.encode(self.pipe, name, like) for name in self.names]
         self.empty = headless.encode(self.pipe, "", like)
@@ -211,6 +212,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4, help="refine takes three times as many states")
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=8, help="captions of the references; refine wants 160")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        help="folder for the two emoji packages (downloaded when absent): prompts "
+        "are all 1,026 emoji instead of the 200 references",
+    )
+    parser.add_argument("--rank", type=int, default=RANK, help=f"of the 4-bit base (default {RANK})")
     parser.add_argument("--rate", type=float, default=5e-4, help="learning rate of refine")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()

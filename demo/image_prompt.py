@@ -89,7 +89,7 @@ def start(adapter, text, batches: Batches, device: str, ridge: float = 1.0) -> N
 
 def learn(which: str, unet, text, batches: Batches, work: Path, device: str):
     """(adapter, seconds): a new adapter of the kind ``which``, trained while ``unet`` and ``text`` stay as they are."""
-    plan, alphas = PLANS[which], stages.schedule(device)
+    plan, model = PLANS[which], stages.view(unet)
     torch.manual_seed(plan.seed)
     unet.requires_grad_(False)
     adapter = adapters.new(unet, batches.seen.shape[-1], TOKENS, RANKS[which]).to(device).train()
@@ -98,13 +98,12 @@ def learn(which: str, unet, text, batches: Batches, work: Path, device: str):
 
     def loss(step: int, g: torch.Generator) -> torch.Tensor:
         clean, ids, seen = batches(plan.batch, g)
-        x, eps, t = stages.noise_rows(clean, torch.arange(plan.batch), alphas, g)
+        noise, sigma = stages.drawn(model, clean, g)
         with torch.no_grad():
             context = text(ids.to(device)).last_hidden_state
-        tokens = adapter(seen.to(device))
+        cond = stages.conds(context, ip_hidden_states=adapter(seen.to(device)))
         with torch.autocast(device, dtype=torch.bfloat16):
-            out = unet(x.to(device), t.to(device), context, cross_attention_kwargs={"ip_hidden_states": tokens}).sample
-        return stages.epsilon_loss(out.float(), eps.to(device), alphas[t.to(device)])
+            return model.loss(clean.to(device), noise, sigma, cond)
 
     seconds = train(plan, list(adapter.parameters()), loss, work).seconds
     return adapter.eval(), seconds

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..training.consistency import pseudo_huber
+from ..training.denoise import Denoiser, diffusers_unet
 from ..training.loop import Plan, train
 from . import dataset, parts
 
@@ -28,6 +30,7 @@ LATENT_NOISE = 0.05  # the decoder learns to forgive what a sampler leaves behin
 CAPTION_DROPOUT = 0.1
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 LORA_RANK = 8
+FEW_STEPS_HUBER = 1e-3
 STYLE_SHARE = 0.75  # of a batch is in the flat style; the rest holds what the base knows in place
 
 
@@ -67,13 +70,24 @@ def encode(model, pictures: torch.Tensor, device: str) -> torch.Tensor:
     return torch.cat([model.encoder(b.to(device)).cpu() for b in pictures.split(32)])
 
 
-def schedule(device: str) -> torch.Tensor:
-    """(1000,) float32 cumulative alphas of SD's scaled-linear betas."""
-    s = parts.SCHEDULER
-    betas = (
-        torch.linspace(s["beta_start"] ** 0.5, s["beta_end"] ** 0.5, s["num_train_timesteps"], dtype=torch.float64) ** 2
-    )
-    return torch.cumprod(1 - betas, 0).float().to(device)
+def view(unet) -> Denoiser:
+    """A demo UNet as the trainer sees it."""
+    from diffusers import DDIMScheduler
+
+    return diffusers_unet(unet, DDIMScheduler(**parts.SCHEDULER))
+
+
+def conds(context: torch.Tensor, **attention: torch.Tensor) -> list[dict]:
+    """The trainer's conditions of a batch. ``context``, ``attention``: (B, ...)."""
+    rows = [{name: value[i : i + 1] for name, value in attention.items()} for i in range(len(context))]
+    return [{"context": c, **({"attention": r} if r else {})} for c, r in zip(context.split(1), rows, strict=True)]
+
+
+def drawn(model: Denoiser, x0: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """(noise like ``x0``, sigma (B,)) at random timesteps, on the model's device."""
+    t = torch.randint(len(model.sigmas), (len(x0),), generator=g)
+    noise = torch.randn(x0.shape, generator=g)
+    return noise.to(model.device), model.sigmas[t].to(model.device)
 
 
 class Captions:
@@ -88,44 +102,18 @@ class Captions:
         return parts.token_ids(self.tokenizer, ["" if rng.random() < drop else t for t in texts])
 
 
-def noised(latents: torch.Tensor, plan: Plan, alphas: torch.Tensor, g: torch.Generator):
-    """A batch: (picked rows, x_t, noise, t)."""
-    pick = torch.randint(len(latents), (plan.batch,), generator=g)
-    return pick, *noise_rows(latents, pick, alphas, g)
-
-
-def noise_rows(latents: torch.Tensor, pick: torch.Tensor, alphas: torch.Tensor, g: torch.Generator):
-    """(x_t, noise, t) of the picked rows."""
-    t = torch.randint(len(alphas), (len(pick),), generator=g)
-    eps = torch.randn(len(pick), *latents.shape[1:], generator=g)
-    a = alphas.cpu()[t].view(-1, 1, 1, 1)
-    return a.sqrt() * latents[pick] + (1 - a).sqrt() * eps, eps, t
-
-
-def epsilon_loss(out: torch.Tensor, eps: torch.Tensor, alpha: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """Mean squared error with min-SNR-gamma weights for epsilon prediction."""
-    snr = alpha / (1 - alpha)
-    weight = snr.clamp(max=gamma) / snr
-    return (weight * (out - eps).square().mean((1, 2, 3))).mean()
-
-
-def clean_loss(out: torch.Tensor, eps: torch.Tensor, alpha: torch.Tensor, soft: float = 1e-3) -> torch.Tensor:
-    """Pseudo-Huber distance of the clean latents that ``out`` and ``eps`` stand for."""
-    off = ((1 - alpha) / alpha).sqrt().view(-1, 1, 1, 1) * (out - eps)
-    return ((off**2 + soft**2).sqrt() - soft).mean()
-
-
 def denoiser(emoji, latents: torch.Tensor, tokenizer, work: Path, device: str):
     """(UNet, text encoder, seconds), trained together on scaled ``latents`` (n, 4, 16, 16)."""
     torch.manual_seed(DENOISER.seed)
     unet, text = parts.unet().to(device).train(), parts.text_encoder(tokenizer).to(device).train()
-    alphas, captions = schedule(device), Captions(emoji, tokenizer)
+    model, captions = view(unet), Captions(emoji, tokenizer)
 
     def loss(step: int, g: torch.Generator) -> torch.Tensor:
-        pick, x, eps, t = noised(latents, DENOISER, alphas, g)
+        pick = torch.randint(len(latents), (DENOISER.batch,), generator=g)
+        x0 = latents[pick].to(device)
+        noise, sigma = drawn(model, x0, g)
         context = text(captions(pick, g).to(device)).last_hidden_state
-        out = unet(x.to(device), t.to(device), context).sample
-        return epsilon_loss(out, eps.to(device), alphas[t.to(device)])
+        return model.loss(x0, noise, sigma, conds(context))
 
     seconds = train(DENOISER, [*unet.parameters(), *text.parameters()], loss, work).seconds
     return unet.eval(), text.eval(), seconds
@@ -149,19 +137,21 @@ def style_lora(unet, text, captions: Captions, latents: torch.Tensor, learn: lis
     it.
     """
     params = add_lora(unet, STYLE.seed)
-    alphas, chosen = schedule(device), torch.tensor(learn)
+    model, chosen = view(unet), torch.tensor(learn)
     others = torch.tensor([i for i in range(len(latents)) if i not in set(learn)])
 
     def loss(step: int, g: torch.Generator) -> torch.Tensor:
         styled = torch.rand(STYLE.batch, generator=g) < STYLE_SHARE
         draw = torch.rand(STYLE.batch, generator=g)
         pick = torch.where(styled, chosen[(draw * len(chosen)).long()], others[(draw * len(others)).long()])
-        x, eps, t = noise_rows(latents, pick, alphas, g)
+        x0 = latents[pick].to(device)
+        noise, sigma = drawn(model, x0, g)
         with torch.no_grad():
-            context = text(captions(pick, g).to(device)).last_hidden_state
-        few = step % 2 == 1
-        unet.set_adapters(["demo", "lcm"] if few else ["demo"])
-        out, eps, alpha = unet(x.to(device), t.to(device), context).sample, eps.to(device), alphas[t.to(device)]
-        return clean_loss(out, eps, alpha) if few else epsilon_loss(out, eps, alpha)
+            cond = conds(text(captions(pick, g).to(device)).last_hidden_state)
+        if step % 2 == 0:
+            unet.set_adapters(["demo"])
+            return model.loss(x0, noise, sigma, cond)
+        unet.set_adapters(["demo", "lcm"])
+        return pseudo_huber(model.predict(model.mix(x0, noise, sigma), sigma, cond) - x0, FEW_STEPS_HUBER)
 
     return train(STYLE, params, loss, work).seconds

@@ -70,8 +70,9 @@ def _wide(sigma: Tensor, like: Tensor) -> Tensor:
 
 
 def diffusers_unet(unet, scheduler) -> Denoiser:
-    """A diffusers UNet2DConditionModel as a `Denoiser`; a cond is a dict of tensors (1, ...): ``context``, and for SDXL
-    ``text_embeds`` and ``time_ids``. Raises ValueError for a scheduler that predicts neither epsilon nor velocity.
+    """A diffusers UNet2DConditionModel as a `Denoiser`; a cond is a dict of tensors (1, ...): ``context``, for SDXL
+    ``text_embeds`` and ``time_ids``, and in a dict ``attention`` whatever its attentions read besides. Raises
+    ValueError for a scheduler that predicts neither epsilon nor velocity.
     """
     kind = scheduler.config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
@@ -82,12 +83,19 @@ def diffusers_unet(unet, scheduler) -> Denoiser:
     def predict(x: Tensor, sigma: Tensor, conds: Sequence) -> Tensor:
         s = _wide(sigma, x)
         t = (sigmas.to(sigma.device) - sigma[:, None]).abs().argmin(1)
-        extra = {k: torch.cat([c[k] for c in conds]) for k in conds[0] if k != "context"}
-        context = torch.cat([c["context"] for c in conds])
+        inputs = [{k: v for k, v in c.items() if k != "attention"} for c in conds]
+        extra, attention = _joined(inputs), _joined([c.get("attention", {}) for c in conds])
+        context = extra.pop("context")
         scaled = (x / (s**2 + 1).sqrt()).to(unet.dtype)
-        out = unet(scaled, t, context.to(unet.dtype), added_cond_kwargs=extra or None).sample.float()
+        out = unet(
+            scaled, t, context.to(unet.dtype), cross_attention_kwargs=attention or None, added_cond_kwargs=extra or None
+        ).sample.float()
         if kind == "epsilon":
             return x - s * out
         return x / (s**2 + 1) - s / (s**2 + 1).sqrt() * out
 
     return Denoiser(predict, variance_preserving, sigmas, device=unet.device)
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
