@@ -17,7 +17,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -173,11 +173,11 @@ def memory(make: Callable, bits: int, checkpointing: bool) -> dict[str, int]:
     module, denoiser, cond = make(bits)
     samples = [data.Sample(torch.zeros(4, 16, 16), cond, cond)]
     recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=checkpointing)
-    with eight_bit.wanted(module, recipe.hold):
+    with eight_bit.wanted(module, True):
         weights = alive.resident(module)
         with alive.Alive() as made:
             loras = adapters.Adapters(module, lora.usual(list(adapters.linears(module))), 8)
-            lora.train_lora(denoiser, loras, (samples, []), replace(recipe, hold=False))
+            lora.train_lora(denoiser, loras, (samples, []), recipe)
     return {"weights": weights, "training": made.peak, "together": weights + made.peak}
 
 

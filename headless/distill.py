@@ -80,7 +80,7 @@ def load(args: argparse.Namespace) -> Both:
     same = args.quantized is None and args.precision == train.PRECISIONS[1]
     pipe = teacher if same else train.load(args)
     for one in (pipe, teacher):
-        one.unet.requires_grad_(False)
+        one.unet.requires_grad_(False).to(one.vae.device)
     config = pipe.unet.config
     like = torch.zeros(config.in_channels, config.sample_size, config.sample_size)
     texts = calibrate.texts(args.prompts, args.domain, args.samples, args.seed)

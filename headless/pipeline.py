@@ -38,8 +38,9 @@ def device_and_dtype(device: str | None = None) -> tuple[str, torch.dtype]:
     return device, torch.float16 if device.startswith("cuda") else torch.float32
 
 
-def load_pipeline(folder: str | Path, device: str | None = None):
-    """A diffusers pipeline from a local folder, never from a hub. Raises CheckpointError when it is not one."""
+def load_pipeline(folder: str | Path, device: str | None = None, waiting: bool = False):
+    """A diffusers pipeline from a local folder, never from a hub. ``waiting``: its denoiser is still on the CPU, so
+    that a GPU gets it once it is small. Raises CheckpointError when it is not one."""
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
@@ -55,7 +56,11 @@ def load_pipeline(folder: str | Path, device: str | None = None):
         str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    parts = [p for p in pipe.components.values() if isinstance(p, nn.Module)]
+    for part in parts:
+        if not waiting or part is not denoiser(pipe):
+            part.to(device)
+    return pipe
 
 
 def denoiser(pipe) -> nn.Module:

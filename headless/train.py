@@ -61,11 +61,13 @@ def side_of(pipe) -> int:
 
 
 def load(args: argparse.Namespace):
-    """The pipeline with its denoiser as ``args`` want it. Raises ValueError for one that has no UNet."""
+    """The pipeline with its denoiser as ``args`` want it, which is still on the CPU. Raises ValueError for one that has
+    no UNet.
+    """
     from .. import demo
     from . import pipeline
 
-    pipe = pipeline.load_pipeline(args.model or demo.MODEL, args.device)
+    pipe = pipeline.load_pipeline(args.model or demo.MODEL, args.device, waiting=True)
     if getattr(pipe, "unet", None) is None:
         raise ValueError(f"{type(pipe).__name__} has no UNet, and only those are trained here. Train it in ComfyUI")
     if args.quantized is not None:
@@ -92,12 +94,12 @@ def encode(pipe, caption: str, latent: Tensor) -> dict[str, Tensor]:
 
     with torch.no_grad():
         found = pipe.encode_prompt(
-            caption, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            caption, device=pipe.vae.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
     cond = {"context": found[0].float()}
     if len(found) == 4:
         h, w = (n * pipe.vae_scale_factor for n in latent.shape[-2:])
-        sizes = torch.tensor([[h, w, 0, 0, h, w]], dtype=torch.float32, device=pipe.device)
+        sizes = torch.tensor([[h, w, 0, 0, h, w]], dtype=torch.float32, device=pipe.vae.device)
         cond |= {"text_embeds": found[2].float(), "time_ids": sizes}
     return cond
 
@@ -127,16 +129,20 @@ def native_names(unet) -> Callable[[str], str]:
     return lambda name: table.get(name, name)
 
 
-def train(pipe, found, recipe, rank: int, work: Path | None = None, watch=None):
-    """(adapters, outcome) of LoRA training on the pipeline's UNet. ``found``: what `samples` gave."""
-    from ..training import adapters, denoise, lora
+def train(pipe, found, recipe, rank: int, work: Path | None = None, watch=None, compress: bool = True):
+    """(adapters, outcome) of LoRA training on the pipeline's UNet, which goes where the rest of the pipeline is.
+    ``found``: what `samples` gave. ``compress``: see eight_bit.py.
+    """
+    from ..training import adapters, denoise, eight_bit, lora
     from ..training.loop import Watch
 
     unet = pipe.unet.requires_grad_(False)
-    names = lora.usual(list(adapters.linears(unet)))
-    loras = adapters.Adapters(unet, names, rank, seed=recipe.plan.seed)
-    denoiser = denoise.diffusers_unet(unet, pipe.scheduler)
-    return loras, lora.train_lora(denoiser, loras, found, recipe, work, watch or Watch())
+    with eight_bit.wanted(unet, compress):
+        unet.to(pipe.vae.device)
+        names = lora.usual(list(adapters.linears(unet)))
+        loras = adapters.Adapters(unet, names, rank, seed=recipe.plan.seed)
+        denoiser = denoise.diffusers_unet(unet, pipe.scheduler)
+        return loras, lora.train_lora(denoiser, loras, found, recipe, work, watch or Watch())
 
 
 def plan_of(args: argparse.Namespace, pipe):
@@ -151,7 +157,7 @@ def plan_of(args: argparse.Namespace, pipe):
         seed=args.seed, schedule=args.schedule, accumulate=args.accumulate, optimizer=args.optimizer,
         loss_scale=1024.0 if pipe.unet.dtype == torch.float16 else 1.0,
     )  # fmt: skip
-    return lora.Recipe(plan, args.dropout, args.checkpointing, not args.keep_16_bit)
+    return lora.Recipe(plan, args.dropout, args.checkpointing)
 
 
 def work_of(args: argparse.Namespace) -> Path:
@@ -183,7 +189,7 @@ def run_train(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{loss:.4f}")
             bar.update(done - bar.n)
 
-        loras, outcome = train(pipe, found, recipe, args.rank, work, Watch(step))
+        loras, outcome = train(pipe, found, recipe, args.rank, work, Watch(step), not args.keep_16_bit)
     state = loras.state_dict(rename=native_names(pipe.unet))
     save(args.out, state, lora.metadata(recipe, outcome, sum(map(len, found)), args.out.stem))
     shutil.rmtree(work)

@@ -4,8 +4,9 @@ a 4-bit model keeps in 16 bits and which are most of a small UNet.
     W ~ codes scale      codes int8, scale (N,) one for each output channel: kitchen's int8 layout
 
 Only weights are rounded; the product is that of the model's own precision, with W made for it and dropped again. A
-convolution keeps nothing for its backward pass. Meanwhile the weights' own bytes wait in the computer's memory. They
-are put back at the end, so the module is what it was, bit for bit.
+convolution keeps nothing for its backward pass. Meanwhile the weights' own bytes wait in the computer's memory: a
+module that is held first and moved to a GPU then never has them there. They are put back at the end, so the module is
+what it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Convolution(torch.autograd.Function):
 @contextmanager
 def in_8_bits(module: nn.Module) -> Iterator[int]:
     """While it is entered the weights of ``module``'s `holdable` layers are int8; it gives how many layers those are.
-    Nothing may move them meanwhile. Whatever is raised, they are put back.
+    Whatever is raised, they are put back, on the device where the module is by then.
     """
     layers = holdable(module)
     shapes = {n: layer.weight.shape for n, layer in layers.items()}
@@ -94,12 +95,13 @@ def in_8_bits(module: nn.Module) -> Iterator[int]:
 def _held(layer: nn.Module) -> Iterator[None]:
     own = layer.weight
     held = rounded(own.detach())
-    with _away(own):
-        layer.weight = nn.Parameter(held, requires_grad=False)
-        try:
+    try:
+        with _away(own):
+            layer.weight = nn.Parameter(held, requires_grad=False)
             yield
-        finally:
-            layer.weight = own
+    finally:
+        device = layer.weight.device
+        layer.weight = own if own.device == device else nn.Parameter(own.detach().to(device), requires_grad=False)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import eight_bit
 from .adapters import Adapters
 from .checkpointing import checkpointed
 from .data import Batches, Sample
@@ -30,13 +29,12 @@ LEVELS = 4
 @dataclass(frozen=True)
 class Recipe:
     """What the plan does not say. ``dropout``: share of captions left empty; ``checkpointing``: less memory, a second
-    forward pass instead; ``hold``: what a quantized base keeps in 16 bits is held in 8 (eight_bit.py).
+    forward pass instead.
     """
 
     plan: Plan
     dropout: float = 0.1
     checkpointing: bool = False
-    hold: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,9 @@ def train_lora(
     watch: Watch = Watch(),  # noqa: B008 - frozen
 ) -> Outcome:
     """Trains ``adapters`` on ``samples`` (to train on, held out). Resumes from ``work``; see `loop.train`."""
-    learn, kept = samples
-    measured = kept or learn
+    learn, held = samples
+    measured = held or learn
     with ExitStack() as stack:
-        stack.enter_context(eight_bit.wanted(adapters.module, recipe.hold))
         stack.enter_context(adapters.attached(watch.check))
         with adapters.off():
             before = validate(denoiser, measured)

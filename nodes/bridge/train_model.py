@@ -6,7 +6,7 @@ Conditions are made as ComfyUI's samplers make them (``extra_conds``), so every 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import comfy.model_management
 import comfy.model_sampling
@@ -15,6 +15,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...training import eight_bit
 from ...training.denoise import Denoiser
 from ...training.ordinary import alias, ordinary
 
@@ -43,6 +44,23 @@ def learning(model) -> Iterator[None]:
             yield
     finally:
         mm.in_training = before
+
+
+@contextmanager
+def placed(model, compress: bool) -> Iterator[None]:
+    """Inside it ``model`` is loaded whole and can be trained. ``compress``: what a quantized one keeps in 16 bits is
+    held in 8 bits; where nothing of it is loaded yet and no LoRA is on it, its 16-bit bytes never reach the device.
+    """
+    mm, module = comfy.model_management, model.model.diffusion_model
+    fresh = not model.patches and not model.model.model_loaded_weight_memory
+    with ExitStack() as stack:
+        if fresh and stack.enter_context(eight_bit.wanted(module, compress)):
+            stack.callback(mm.unload_model_and_clones, model)  # first of all, so that nothing is put back on the device
+        mm.load_models_gpu([model], force_full_load=True)
+        stack.enter_context(learning(model))
+        if not fresh:
+            stack.enter_context(eight_bit.wanted(module, compress))
+        yield
 
 
 def clean(found) -> Tensor:

@@ -47,7 +47,7 @@ class Settings:
     ema: float = 0.99
     hold_out: float = 0.1
     checkpointing: bool = True
-    hold: bool = True
+    compress: bool = True
 
     def recipe(self, loss_scale: float) -> lora.Recipe:
         plan = Plan(
@@ -55,7 +55,7 @@ class Settings:
             ema=self.ema, seed=self.seed, schedule=self.schedule, accumulate=self.accumulate,
             optimizer=self.optimizer, loss_scale=loss_scale,
         )  # fmt: skip
-        return lora.Recipe(plan, self.dropout, self.checkpointing, self.hold)
+        return lora.Recipe(plan, self.dropout, self.checkpointing)
 
 
 def train(parts: tuple, folder: Path, settings: Settings, out: Path, node_id: str | None = None):
@@ -70,10 +70,9 @@ def train(parts: tuple, folder: Path, settings: Settings, out: Path, node_id: st
     target = train_model.resident(model)
     texts = _encoded(clip, [e.caption for e in found], node_id)
     latents = _latents(vae, found, settings.side, target, node_id)
-    mm.load_models_gpu([target], force_full_load=True)
     recipe = settings.recipe(train_model.loss_scale(target))
     work = _work(model, found, settings)
-    with train_model.learning(target):
+    with train_model.placed(target, settings.compress):
         rows = [_sample(target, z, texts[e.caption], texts[""]) for z, e in zip(latents, found, strict=True)]
         chosen = data.split(len(rows), settings.hold_out, settings.seed)
         samples = tuple([rows[i] for i in part] for part in chosen)

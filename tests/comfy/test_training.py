@@ -43,6 +43,7 @@ def test_models_of_every_precision_learn(inside, tiny, tiny_4bit, tmp_path):
         assert r["losses"][2] < r["losses"][0] and r["before, after"][1] < r["before, after"][0], name
         assert r["moved"] > 0.9 and r["as it was"] and r["forwards left"] == 0, name
         assert r["checkpointing differs by"] < 1e-4, name
+        assert r["loaded before, differs by"] < 1e-4, name
 
 
 def test_stopped_and_gone_on_with(inside, pictures, tmp_path):

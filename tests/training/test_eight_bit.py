@@ -91,6 +91,14 @@ def test_the_weights_bytes_leave_the_device_meanwhile(monkeypatch):
     assert alias.untyped_storage().nbytes() == own.numel() * 4 and torch.equal(alias, net.conv.weight)
 
 
+def test_they_follow_the_module_to_where_it_went():
+    net = Net()
+    with eight_bit.in_8_bits(net):
+        net.to("meta")
+        assert net.conv.weight.device.type == "meta"
+    assert net.conv.weight.device.type == net.conv.bias.device.type == "meta"
+
+
 def test_weights_that_share_memory_or_lie_in_a_file_stay_where_they_are(monkeypatch, tmp_path):
     monkeypatch.setattr(eight_bit, "HOME", "elsewhere")
     net, (both,) = Net(), [torch.randn(2, 64, 4, 3, 3)]
