@@ -31,6 +31,7 @@ def missing() -> list[str]:
         (comfy.sd, "load_state_dict_guess_config", ("sd", "model_options", "metadata", "disable_dynamic")),
         (comfy.clip_vision, "ClipVisionModel", ("json_config",)),
         (comfy.model_management, "unet_manual_cast", ("weight_dtype", "inference_device", "supported_dtypes")),
+        (comfy.model_management, "unload_model_and_clones", ("model",)),
         (patcher, "patch_weight_to_device", ("key", "return_weight", "force_cast")),
         (patcher, "get_key_patches", ("filter_prefix",)),
         (patcher, "clone", ("disable_dynamic", "model_override")),
