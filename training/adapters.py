@@ -88,6 +88,21 @@ class Frozen(torch.autograd.Function):
         return out.to(ctx.dtype), None, None
 
 
+class Product(torch.autograd.Function):
+    """x W^T in x's dtype of a float32 W that is trained. Only x and W itself are kept, no copy of W in x's dtype."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight = ctx.saved_tensors
+        back = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return back, (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+
+
 class Factors(nn.Module):
     """One layer's LoRA. New ones are peft's: ``down`` uniform in +-1/sqrt(K), ``up`` zero, so nothing changes yet."""
 
@@ -100,8 +115,7 @@ class Factors(nn.Module):
         self.alpha, self.rank = alpha, rank
 
     def forward(self, x: Tensor) -> Tensor:
-        low = nn.functional.linear(x, self.down.to(x.dtype))
-        return nn.functional.linear(low, self.up.to(x.dtype)) * (self.alpha / self.rank)
+        return Product.apply(Product.apply(x, self.down), self.up) * (self.alpha / self.rank)
 
     def tensors(self) -> dict[str, Tensor]:
         alpha = torch.tensor(float(self.alpha))
@@ -116,7 +130,7 @@ class Whole(nn.Module):
         self.diff = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.diff.to(x.dtype))
+        return Product.apply(x, self.diff)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"diff": self.diff}

@@ -8,7 +8,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import install, quantize_weight
 from comfyui_nibble.quant.policy import LayerPlan
-from comfyui_nibble.training.adapters import Adapters, dense
+from comfyui_nibble.training.adapters import Adapters, Product, dense
 from comfyui_nibble.training.loop import Plan, train
 from torch import nn
 
@@ -178,3 +178,15 @@ def test_names_of_the_file(weight):
     }
     with pytest.raises(ValueError, match="no linear layer 'outer'"):
         Adapters(Net(layer("dense", weight)), ["outer"], 4)
+
+
+def test_a_trained_product_has_its_gradients_and_keeps_no_copy():
+    x, w = (torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5), (4, 5)))
+    assert torch.autograd.gradcheck(Product.apply, (x, w))
+    kept = []
+    half, w32 = torch.randn(6, 5, dtype=torch.bfloat16), torch.randn(4, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = Product.apply(half, w32)
+    assert y.dtype == torch.bfloat16 and {t.data_ptr() for t in kept} == {half.data_ptr(), w32.data_ptr()}
+    y.float().sum().backward()
+    torch.testing.assert_close(w32.grad, torch.ones(4, 6) @ half.float(), atol=0.05, rtol=0.02)
