@@ -142,7 +142,9 @@ def train(pipe, found, recipe, rank: int, work: Path | None = None, watch=None, 
         names = lora.usual(list(adapters.linears(unet)))
         loras = adapters.Adapters(unet, names, rank, seed=recipe.plan.seed)
         denoiser = denoise.diffusers_unet(unet, pipe.scheduler)
-        return loras, lora.train_lora(denoiser, loras, found, recipe, work, watch or Watch())
+        outcome = lora.train_lora(denoiser, loras, found, recipe, work, watch or Watch())
+    unet.to(pipe.vae.device)
+    return loras, outcome
 
 
 def plan_of(args: argparse.Namespace, pipe):

@@ -59,7 +59,7 @@ def blocks(layer: nn.Module, dtype: torch.dtype, device: torch.device | str) -> 
         yield parts.dequantize(whole, dtype)
         return
     n, k = whole.shape
-    step = max(1, ELEMENTS // k)
+    step = max(1, ELEMENTS // (16 * k)) * 16  # whole tiles of nvfp4's scales
     for start in range(0, n, step):
         yield parts.dequantize(parts.take_rows(whole, start, min(start + step, n)), dtype)
 
@@ -99,8 +99,9 @@ class Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        back = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-        return back, (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+        back = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        rows, seen = grad.reshape(-1, grad.shape[-1]), x.to(grad.dtype).reshape(-1, x.shape[-1])
+        return back, (rows.t() @ seen).to(weight.dtype)
 
 
 class Factors(nn.Module):

@@ -4,15 +4,14 @@ a 4-bit model keeps in 16 bits and which are most of a small UNet.
     W ~ codes scale      codes int8, scale (N,) one for each output channel: kitchen's int8 layout
 
 Only weights are rounded; the product is that of the model's own precision, with W made for it and dropped again. A
-convolution keeps nothing for its backward pass. Meanwhile the weights' own bytes wait in the computer's memory: a
-module that is held first and moved to a GPU then never has them there. They are put back at the end, so the module is
-what it was, bit for bit.
+convolution keeps nothing for its backward pass. The weights' own bytes wait where they are: a module is held on the CPU
+and moved to a GPU then, which never has them. They are put back at the end, so the module is what it was, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from .adapters import forwards
 
-HOME = "cpu"
 LAYOUT = "TensorWiseINT8Layout"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)  # ComfyUI calls a Conv3d with more than its input
@@ -52,9 +50,9 @@ def _is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, CONVOLUTIONS) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def wanted(module: nn.Module, asked: bool) -> AbstractContextManager:
+def wanted(module: nn.Module, asked: bool, but: Container[str] = ()) -> AbstractContextManager:
     """`in_8_bits` of a quantized ``module`` where it is ``asked`` for, else nothing: who trains on 16 bits has room."""
-    return in_8_bits(module) if asked and is_quantized(module) else nullcontext(0)
+    return in_8_bits(module, but) if asked and is_quantized(module) else nullcontext(0)
 
 
 def rounded(weight: Tensor) -> QuantizedTensor:
@@ -78,50 +76,21 @@ class Convolution(torch.autograd.Function):
 
 
 @contextmanager
-def in_8_bits(module: nn.Module) -> Iterator[int]:
-    """While it is entered the weights of ``module``'s `holdable` layers are int8; it gives how many layers those are.
-    Whatever is raised, they are put back, on the device where the module is by then.
+def in_8_bits(module: nn.Module, but: Container[str] = ()) -> Iterator[int]:
+    """While it is entered the weights of ``module``'s `holdable` layers are int8, those named in ``but`` excepted; it
+    gives how many layers those are. Whatever is raised, their own weights are put back, where those were: who moved the
+    module meanwhile moves it again.
     """
-    layers = holdable(module)
-    shapes = {n: layer.weight.shape for n, layer in layers.items()}
-    with ExitStack() as stack:
+    layers = {n: layer for n, layer in holdable(module).items() if n not in but}
+    own = {n: layer.weight for n, layer in layers.items()}
+    try:
         for layer in layers.values():
-            stack.enter_context(_held(layer))
-        stack.enter_context(forwards(layers, lambda name, layer: _product(layer, shapes[name])))
-        yield len(layers)
-
-
-@contextmanager
-def _held(layer: nn.Module) -> Iterator[None]:
-    own = layer.weight
-    held = rounded(own.detach())
-    try:
-        with _away(own):
-            layer.weight = nn.Parameter(held, requires_grad=False)
-            yield
+            layer.weight = nn.Parameter(rounded(layer.weight.detach()), requires_grad=False)
+        with forwards(layers, lambda name, layer: _product(layer, own[name].shape)):
+            yield len(layers)
     finally:
-        device = layer.weight.device
-        layer.weight = own if own.device == device else nn.Parameter(own.detach().to(device), requires_grad=False)
-
-
-@contextmanager
-def _away(weight: Tensor) -> Iterator[None]:
-    """The bytes of ``weight`` wait in the computer's memory while it is entered. They stay where they are when that is
-    there, or when they are part of something larger.
-    """
-    storage = weight.untyped_storage()
-    alone = storage.nbytes() == weight.numel() * weight.element_size()
-    if storage.device.type == HOME or not alone or not storage.resizable():
-        yield
-        return
-    kept = torch.UntypedStorage(storage.nbytes())
-    kept.copy_(storage)
-    storage.resize_(0)
-    try:
-        yield
-    finally:
-        storage.resize_(kept.nbytes())
-        storage.copy_(kept)
+        for name, layer in layers.items():
+            layer.weight = own[name]
 
 
 def _product(layer: nn.Module, shape: torch.Size) -> Callable[[Tensor], Tensor]:
@@ -129,7 +98,7 @@ def _product(layer: nn.Module, shape: torch.Size) -> Callable[[Tensor], Tensor]:
 
     def weight(like: Tensor) -> Tensor:
         held = layer.weight.detach()
-        return held._qdata.to(like.dtype).mul_(held._params.scale.to(like.dtype).view(-1, 1)).view(shape)
+        return held._qdata.to(like).mul_(held._params.scale.to(like).view(-1, 1)).view(shape)
 
     def linear(x: Tensor) -> Tensor:
         return nn.functional.linear(x, weight(x), _like(layer.bias, x))
@@ -142,4 +111,4 @@ def _product(layer: nn.Module, shape: torch.Size) -> Callable[[Tensor], Tensor]:
 
 
 def _like(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
+    return None if bias is None else bias.to(x)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...training import eight_bit
+from ...training.adapters import PREFIX
 from ...training.denoise import Denoiser
 from ...training.ordinary import alias, ordinary
 
@@ -48,18 +49,19 @@ def learning(model) -> Iterator[None]:
 
 @contextmanager
 def placed(model, compress: bool) -> Iterator[None]:
-    """Inside it ``model`` is loaded whole and can be trained. ``compress``: what a quantized one keeps in 16 bits is
-    held in 8 bits; where nothing of it is loaded yet and no LoRA is on it, its 16-bit bytes never reach the device.
+    """Inside it ``model`` is loaded whole and can be trained. ``compress``: what a quantized one keeps in 16 bits, and
+    no LoRA changes, is held in 8 bits; its 16-bit bytes stay on the offload device.
     """
     mm, module = comfy.model_management, model.model.diffusion_model
-    fresh = not model.patches and not model.model.model_loaded_weight_memory
+    compress = compress and eight_bit.is_quantized(module)
+    patched = {key.removeprefix(PREFIX).removesuffix(".weight") for key in map(str, model.patches)}
     with ExitStack() as stack:
-        if fresh and stack.enter_context(eight_bit.wanted(module, compress)):
-            stack.callback(mm.unload_model_and_clones, model)  # first of all, so that nothing is put back on the device
+        if compress:
+            mm.unload_model_and_clones(model)  # what is loaded already holds them, perhaps with another LoRA's change
+        if stack.enter_context(eight_bit.wanted(module, compress, patched)):
+            stack.callback(mm.unload_model_and_clones, model)  # before they are put back
         mm.load_models_gpu([model], force_full_load=True)
         stack.enter_context(learning(model))
-        if not fresh:
-            stack.enter_context(eight_bit.wanted(module, compress))
         yield
 
 

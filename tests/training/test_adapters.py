@@ -7,7 +7,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import install, quantize_weight
+from comfyui_nibble.quant.nvfp4_lowrank import NVFP4LowRankWeight
 from comfyui_nibble.quant.policy import LayerPlan
+from comfyui_nibble.training import adapters
 from comfyui_nibble.training.adapters import Adapters, Product, dense
 from comfyui_nibble.training.loop import Plan, train
 from torch import nn
@@ -190,3 +192,37 @@ def test_a_trained_product_has_its_gradients_and_keeps_no_copy():
     assert y.dtype == torch.bfloat16 and {t.data_ptr() for t in kept} == {half.data_ptr(), w32.data_ptr()}
     y.float().sum().backward()
     torch.testing.assert_close(w32.grad, torch.ones(4, 6) @ half.float(), atol=0.05, rtol=0.02)
+
+
+def test_a_trained_product_in_a_lower_precision_than_its_input():
+    """As under autocast: the gradient comes in another dtype than the input."""
+    x, w = torch.randn(5, 6, requires_grad=True), torch.randn(4, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        Product.apply(x, w).float().sum().backward()
+    torch.testing.assert_close(x.grad, w.detach().sum(0).expand(5, 6), atol=0.05, rtol=0.02)
+    torch.testing.assert_close(w.grad, x.detach().sum(0).expand(4, 6), atol=0.05, rtol=0.02)
+
+
+def fp4(n: int, k: int) -> nn.Linear:
+    """A linear of random nvfp4 codes with a branch."""
+    out = nn.Linear(k, n).requires_grad_(False)
+    weight = NVFP4LowRankWeight(
+        torch.randint(256, (n, k // 2), dtype=torch.uint8), torch.rand(n, k // 16).to(torch.float8_e4m3fn),
+        torch.rand(n), torch.rand(k) + 0.5, torch.randn(k, 4), torch.randn(n, 4),
+    )  # fmt: skip
+    out.weight = nn.Parameter(kernels.wrap(weight, torch.float32), requires_grad=False)
+    return out
+
+
+@pytest.mark.parametrize("kind", ["svdquant_w4a4", "awq_w4a16", "nvfp4"])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_large_4_bit_weight_is_dense_in_parts(monkeypatch, weight, kind, dtype):
+    one = fp4(N, K) if kind == "nvfp4" else layer(kind, weight)
+    whole = dense(one, dtype, "cpu")
+    monkeypatch.setattr(adapters, "ELEMENTS", K * 50)
+    parts = list(adapters.blocks(one, dtype, "cpu"))
+    assert [len(p) for p in parts] == [48, 48, 32] and torch.equal(torch.cat(parts), whole)
+    x, v = torch.randn(3, K, dtype=dtype, requires_grad=True), torch.randn(3, N, dtype=dtype)
+    y = adapters.Frozen.apply(x, lambda x: (x @ whole.T).detach(), lambda *at: adapters.blocks(one, *at))
+    expected, (got,) = v.float() @ whole.float(), torch.autograd.grad(y, x, v)
+    assert float((got.float() - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
