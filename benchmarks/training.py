@@ -123,23 +123,14 @@ def quality(task: Task, steps: int, say: Callable[[str], None], out: Path | None
     return result
 
 
-@torch.no_grad()
-def halved(module):
-    """``module`` in bfloat16, 4-bit layers' scales and branches too."""
-    module.to(torch.bfloat16).requires_grad_(False)
-    for layer in adapters.linears(module).values():
-        if kernels.is_ours(layer.weight):
-            layer.weight = torch.nn.Parameter(kernels.cast(layer.weight, torch.bfloat16), requires_grad=False)
-    return module
-
-
 def unet(bits: int) -> tuple:
     """(the demo model's UNet, its `Denoiser`, a condition)."""
     pipe = pipeline.load_pipeline(demo.MODEL)
+    cond = train.encode(pipe, "red apple", torch.zeros(4, 16, 16))
+    unet = pipe.unet.to(torch.bfloat16).requires_grad_(False)
     if bits == 4:
         pipeline.quantize(pipe, 16)
-    cond = train.encode(pipe, "red apple", torch.zeros(4, 16, 16))
-    return halved(pipe.unet), denoise.diffusers_unet(pipe.unet, pipe.scheduler), cond
+    return unet, denoise.diffusers_unet(unet, pipe.scheduler), cond
 
 
 def transformer(bits: int) -> tuple:
@@ -152,10 +143,10 @@ def transformer(bits: int) -> tuple:
         num_attention_heads=5, joint_attention_dim=128, caption_projection_dim=320, pooled_projection_dim=128,
         pos_embed_max_size=16,
     )  # fmt: skip
+    module.to(torch.bfloat16).requires_grad_(False)
     if bits == 4:
         plans = plan(linear_shapes(module), pipeline.family_of(module).rules, 16)
         quantize_module(module, plans, torch.bfloat16)
-    halved(module)
 
     def predict(x, sigma, conds):
         n = len(x)

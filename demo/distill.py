@@ -11,9 +11,9 @@ import torch
 from ..training import consistency, paths
 from ..training.loop import train
 from . import parts
-from .stages import FEW_STEPS, FEW_STEPS_HUBER, Captions, add_lora, conds, view
+from .stages import FEW_STEPS, Captions, add_lora, conds, view
 
-SETTINGS = consistency.Consistency(omega=(1.0, 2.5), huber=FEW_STEPS_HUBER)
+SETTINGS = consistency.Consistency(omega=(1.0, 2.5))
 
 
 def lcm_lora(unet, teacher, text, emoji, latents: torch.Tensor, tokenizer, work: Path, device: str) -> float:

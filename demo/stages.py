@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ..training.consistency import pseudo_huber
+from ..training.consistency import Consistency, pseudo_huber
 from ..training.denoise import Denoiser, diffusers_unet
 from ..training.loop import Plan, train
 from . import dataset, parts
@@ -30,7 +30,6 @@ LATENT_NOISE = 0.05  # the decoder learns to forgive what a sampler leaves behin
 CAPTION_DROPOUT = 0.1
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 LORA_RANK = 8
-FEW_STEPS_HUBER = 1e-3
 STYLE_SHARE = 0.75  # of a batch is in the flat style; the rest holds what the base knows in place
 
 
@@ -152,6 +151,6 @@ def style_lora(unet, text, captions: Captions, latents: torch.Tensor, learn: lis
             unet.set_adapters(["demo"])
             return model.loss(x0, noise, sigma, cond)
         unet.set_adapters(["demo", "lcm"])
-        return pseudo_huber(model.predict(model.mix(x0, noise, sigma), sigma, cond) - x0, FEW_STEPS_HUBER)
+        return pseudo_huber(model.predict(model.mix(x0, noise, sigma), sigma, cond) - x0, Consistency.huber)
 
     return train(STYLE, params, loss, work).seconds

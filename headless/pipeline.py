@@ -39,8 +39,9 @@ def device_and_dtype(device: str | None = None) -> tuple[str, torch.dtype]:
 
 
 def load_pipeline(folder: str | Path, device: str | None = None, waiting: bool = False):
-    """A diffusers pipeline from a local folder, never from a hub. ``waiting``: its denoiser is still on the CPU, so
-    that a GPU gets it once it is small. Raises CheckpointError when it is not one."""
+    """A diffusers pipeline from a local folder, never from a hub. ``waiting``: its denoiser stays on the CPU, so that a
+    GPU gets it once it is small. Raises CheckpointError for another folder.
+    """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 

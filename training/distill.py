@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path as File
 
 import torch
 from torch import Tensor, nn
 
 from . import consistency, paths, phased, progressive, reflow
+from .judge import batch_of, by_euler, by_lcm, fine
 from .loop import Plan, Result, Watch, train
 from .paths import Cond, Model, Path
 
 TARGET = 0.9  # decay of the average that is f- in lcm, lcf and phased
-# lcf: what a 4-bit base rounds its activations to is most of the change between neighbouring times, and a tenth of it
-# over a longer step; no solver is at work that a longer step would make worse. A distance that is square for small
-# changes is smaller for one that comes gradually than for one at once: a sum of absolute changes is the same for both.
-FINE_SKIP, FINE_HUBER = 100, 0.1
 EXTRA = 4  # pairs kept out of training, to measure on
 
 
@@ -124,11 +122,6 @@ def _cut(made: reflow.Pairs) -> tuple[reflow.Pairs, reflow.Pairs]:
     return reflow.Pairs(*(p[:-EXTRA] for p in parts)), reflow.Pairs(*(p[-EXTRA:] for p in parts))
 
 
-def _batch(task: Task, pairs: reflow.Pairs, index: Tensor) -> reflow.Batch:
-    x = (t[index].to(task.device) for t in (pairs.noise, pairs.x1))
-    return reflow.Batch(*x, paths.pick(task.cond, pairs.row[index]))
-
-
 def _pictures(task: Task, pairs: reflow.Pairs | None, count: int) -> consistency.Source:
     """Batches of pictures with their prompts: the user's, else the teacher's."""
 
@@ -143,67 +136,49 @@ def _pictures(task: Task, pairs: reflow.Pairs | None, count: int) -> consistency
     return source
 
 
-def _lcm(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
-    source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
-
-    def distance(batch: consistency.Batch, drawn: consistency.Draw) -> Tensor:
-        return consistency.lcd(student, task.teacher, batch, drawn, task.path, s.consistency)
-
-    loss = consistency.objective(distance, source, task.path, s.consistency)
-    return _consistent(task, s, (loss, targets), work, watch)
+def _phases(s: Settings) -> phased.Phases:
+    return phased.Phases(s.consistency.skip, s.consistency.omega, count=s.steps)
 
 
-def _lcf(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
-    source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
-    fine = _fine(s)
-
-    def distance(batch: consistency.Batch, drawn: consistency.Draw) -> Tensor:
-        return consistency.lcf(student, batch, drawn, task.path, fine)
-
-    loss = consistency.objective(distance, source, task.path, fine)
-    return _consistent(task, s, (loss, targets), work, watch)
+def _lcd(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
+    return consistency.lcd(student, task.teacher, batch, drawn, task.path, settings)
 
 
-def _fine(s: Settings) -> consistency.Consistency:
-    """lcf's own settings."""
-    return replace(s.consistency, skip=max(s.consistency.skip, FINE_SKIP), huber=FINE_HUBER)
+def _lcf(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
+    return consistency.lcf(student, batch, drawn, task.path, settings)
 
 
-def _phased(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
-    source, student, targets = _pictures(task, pairs, s.plan.batch), *_averaged(task)
-    phases = phased.Phases(s.consistency.skip, s.consistency.omega, count=s.steps)
-
-    def distance(batch: consistency.Batch, drawn: consistency.Draw) -> Tensor:
-        return phased.distance(student, task.teacher, batch, drawn, task.path, phases)
-
-    loss = consistency.objective(distance, source, task.path, phases)
-    return _consistent(task, s, (loss, targets), work, watch)
+def _in_phases(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
+    return phased.distance(student, task.teacher, batch, drawn, task.path, settings)
 
 
-def _averaged(task: Task) -> tuple[consistency.Student, list[nn.Parameter]]:
-    """The student with its moving average, and that average's values."""
-    targets = [nn.Parameter(p.detach().clone(), requires_grad=False) for p in task.params]
-    return consistency.Student(task.student, progressive.held(task.student, task.params, targets)), targets
+def _consistent(distance: Callable[..., Tensor], settings_of: Callable) -> Callable:
+    """A way that compares the student with f-, its moving average, at two times. The average is handed to the loop as
+    parameters without gradients, so that its state is kept too.
+    """
 
+    def run(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
+        settings, source = settings_of(s), _pictures(task, pairs, s.plan.batch)
+        targets = [nn.Parameter(p.detach().clone(), requires_grad=False) for p in task.params]
+        student = consistency.Student(task.student, progressive.held(task.student, task.params, targets))
+        loss = consistency.objective(partial(distance, task, student, settings=settings), source, task.path, settings)
 
-def _consistent(task: Task, s: Settings, what: tuple[Callable, list], work: File, watch: Watch) -> list[Result]:
-    """Trains; the average is handed to the loop as parameters without gradients, so that its state is kept too."""
-    loss, targets = what
+        def averaging(step: int, g: torch.Generator) -> Tensor:
+            if step:
+                with torch.no_grad():
+                    torch._foreach_lerp_(targets, [p.detach() for p in task.params], 1 - TARGET)
+            return loss(step, g)
 
-    def averaging(step: int, g: torch.Generator) -> Tensor:
-        if step:
-            with torch.no_grad():
-                torch._foreach_lerp_(targets, [p.detach() for p in task.params], 1 - TARGET)
-        return loss(step, g)
+        return [train(s.plan, [*task.params, *targets], averaging, work, watch)]
 
-    return [train(s.plan, [*task.params, *targets], averaging, work, watch)]
+    return run
 
 
 def _reflow(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
     def loss(_step: int, g: torch.Generator) -> Tensor:
         index = torch.randint(len(pairs), (s.plan.batch,), generator=g)
         t = reflow.uniform(task.path, s.plan.batch, g).to(task.device)
-        return reflow.reflow(task.student, _batch(task, pairs, index), task.path, t)
+        return reflow.reflow(task.student, batch_of(task, pairs, index), task.path, t)
 
     return [train(s.plan, task.params, loss, work, watch)]
 
@@ -211,7 +186,7 @@ def _reflow(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Re
 def _one_step(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
     def loss(_step: int, g: torch.Generator) -> Tensor:
         index = torch.randint(len(pairs), (s.plan.batch,), generator=g)
-        return reflow.one_step(task.student, _batch(task, pairs, index), task.path)
+        return reflow.one_step(task.student, batch_of(task, pairs, index), task.path)
 
     return [train(s.plan, task.params, loss, work, watch)]
 
@@ -251,42 +226,6 @@ def _shifted(watch: Watch, before: int, total: int) -> Watch:
     return replace(watch, step=lambda done, _total, loss: watch.step(before + done, total, loss))
 
 
-@torch.no_grad()
-def _by_lcm(task: Task, s: Settings, held: reflow.Pairs | None) -> float:
-    """Distance of LCM pictures to the teacher's; for lcf, which has none, its loss on the pictures, noise fixed."""
-    g = torch.Generator().manual_seed(s.plan.seed)
-    if held is None:
-        return _fine_loss(task, s, g)
-    batch = _batch(task, held, torch.arange(len(held)))
-    stops = paths.times(len(task.path), s.steps, len(task.path) // s.consistency.skip)
-    x = consistency.sample(task.student, task.path, batch.noise, batch.cond, stops, g)
-    return float((x - batch.x1).square().mean())
-
-
-def _fine_loss(task: Task, s: Settings, g: torch.Generator) -> float:
-    """lcf's loss on up to eight pictures, at every time of its grid with fixed noise."""
-    student, settings, losses = consistency.Student(task.student, task.student), _fine(s), []
-    index = torch.arange(min(8, len(task.pictures)))
-    batch = consistency.Batch(task.pictures[index].to(task.device), paths.pick(task.cond, index % len(task.cond)))
-    for i in range(len(task.path) // settings.skip):
-        drawn = consistency.draw(batch.x, task.path, settings, g)
-        at = replace(drawn, t=torch.full_like(drawn.t, (i + 1) * settings.skip - 1))
-        losses.append(consistency.lcf(student, batch, at, task.path, settings))
-    return float(sum(losses) / len(losses))
-
-
-def _by_euler(count: Callable[[Settings], int]) -> Callable:
-    @torch.no_grad()
-    def measure(task: Task, s: Settings, held: reflow.Pairs) -> float:
-        """Distance of the student's Euler pictures to the teacher's, from the same noise."""
-        batch = _batch(task, held, torch.arange(len(held)))
-        answer = paths.guided(task.student, batch.cond, None, 1.0)
-        _, answers = paths.follow(answer, task.path, batch.noise, paths.even(len(task.path), count(s)))
-        return float((answers[-1] - batch.x1).square().mean())
-
-    return measure
-
-
 @dataclass(frozen=True)
 class Mode:
     """``pictures``: it cannot do without the user's. ``pairs``: it needs the teacher's, whatever the user has."""
@@ -299,12 +238,21 @@ class Mode:
 
 
 MODES: dict[str, Mode] = {
-    "lcm": Mode(_lcm, _by_lcm, "LCM-LoRA: 1-8 steps with the LCM sampler at cfg 1"),
-    "lcf": Mode(_lcf, _by_lcm, "consistency fine-tuning on your pictures: LCM sampler at cfg 1", pictures=True),
-    "phased": Mode(_phased, _by_euler(lambda s: s.steps), "consistency in phases: Euler or DDIM, steps steps, cfg 1"),
-    "reflow": Mode(
-        _reflow, _by_euler(lambda s: s.steps), "straight trajectories: few Euler steps at cfg 1", pairs=True
+    "lcm": Mode(
+        _consistent(_lcd, lambda s: s.consistency), by_lcm, "LCM-LoRA: 1-8 steps with the LCM sampler at cfg 1"
     ),
-    "one_step": Mode(_one_step, _by_euler(lambda s: 1), "one Euler step at cfg 1", pairs=True),
-    "progressive": Mode(_progressive, _by_euler(lambda s: s.steps), "steps halved again and again: Euler at cfg 1"),
+    "lcf": Mode(
+        _consistent(_lcf, fine),
+        by_lcm,
+        "consistency fine-tuning on your pictures: LCM sampler at cfg 1",
+        pictures=True,
+    ),
+    "phased": Mode(
+        _consistent(_in_phases, _phases),
+        by_euler(lambda s: s.steps),
+        "consistency in phases: Euler or DDIM, steps steps, cfg 1",
+    ),
+    "reflow": Mode(_reflow, by_euler(lambda s: s.steps), "straight trajectories: few Euler steps at cfg 1", pairs=True),
+    "one_step": Mode(_one_step, by_euler(lambda s: 1), "one Euler step at cfg 1", pairs=True),
+    "progressive": Mode(_progressive, by_euler(lambda s: s.steps), "steps halved again and again: Euler at cfg 1"),
 }

@@ -50,9 +50,9 @@ def _is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, CONVOLUTIONS) and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
-def wanted(module: nn.Module, asked: bool, but: Container[str] = ()) -> AbstractContextManager:
+def wanted(module: nn.Module, asked: bool) -> AbstractContextManager:
     """`in_8_bits` of a quantized ``module`` where it is ``asked`` for, else nothing: who trains on 16 bits has room."""
-    return in_8_bits(module, but) if asked and is_quantized(module) else nullcontext(0)
+    return in_8_bits(module) if asked and is_quantized(module) else nullcontext(0)
 
 
 def rounded(weight: Tensor) -> QuantizedTensor:

@@ -48,14 +48,18 @@ def weight_of(model, name: str) -> torch.Tensor | None:
     return comfy.lora.calculate_weight(model.patches[key], merged, key)
 
 
+def patched_layers(model) -> set[str]:
+    """The layers (names below the diffusion model) of a MODEL that a patch changes."""
+    return {key.removeprefix(PREFIX).rpartition(".")[0] for key in model.patches}
+
+
 def dense_state(model, without: set[str]) -> dict[str, torch.Tensor]:
     """The diffusion model's tensors, patches merged, except every tensor of the layers ``without``.
 
     A layer in a format of ComfyUI's own stays in it unless a patch changes it; then it becomes 16-bit.
     """
     state = model.model.diffusion_model.state_dict()
-    patched = {k.removeprefix(PREFIX).rpartition(".")[0] for k in model.patches}
-    out = {}
+    patched, out = patched_layers(model), {}
     for name, value in state.items():
         layer, _, end = name.rpartition(".")
         if layer in without:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ...training import eight_bit
-from ...training.adapters import PREFIX
 from ...training.denoise import Denoiser
 from ...training.ordinary import alias, ordinary
+from .build import patched_layers
 
 
 def resident(model):
@@ -53,12 +53,10 @@ def placed(model, compress: bool) -> Iterator[None]:
     no LoRA changes, is held in 8 bits; its 16-bit bytes stay on the offload device.
     """
     mm, module = comfy.model_management, model.model.diffusion_model
-    compress = compress and eight_bit.is_quantized(module)
-    patched = {key.removeprefix(PREFIX).removesuffix(".weight") for key in map(str, model.patches)}
     with ExitStack() as stack:
-        if compress:
+        if compress and eight_bit.is_quantized(module):
             mm.unload_model_and_clones(model)  # what is loaded already holds them, perhaps with another LoRA's change
-        if stack.enter_context(eight_bit.wanted(module, compress, patched)):
+            stack.enter_context(eight_bit.in_8_bits(module, patched_layers(model)))
             stack.callback(mm.unload_model_and_clones, model)  # before they are put back
         mm.load_models_gpu([model], force_full_load=True)
         stack.enter_context(learning(model))

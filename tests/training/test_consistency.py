@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_nibble.training import consistency as c
 from comfyui_nibble.training import loop, paths
-from toys import MEAN, Gaussian, flow_path, vp_path
+from toys import MEAN, Gaussian, flow_path, tunable, vp_path
 
 PATHS = {"vp": vp_path(), "flow": flow_path()}
 
@@ -75,11 +75,7 @@ def test_lcf_asks_for_one_answer_along_a_pictures_noise():
 def test_training_lowers_the_few_step_error():
     """A scale and a shift beside the Gaussian's denoiser learn its consistency function."""
     toy = Gaussian(PATHS["vp"])
-    knobs = torch.nn.Parameter(torch.zeros(2, 1000))
-
-    def student(z, t, cond):
-        scale, move = knobs[:, t].view(2, -1, 1, 1, 1)
-        return toy.denoise(z, t, cond) * (1 + scale) + move
+    knobs, student = tunable(toy)
 
     def error() -> float:
         g = torch.Generator().manual_seed(3)

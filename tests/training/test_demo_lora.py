@@ -62,12 +62,9 @@ def bytes_of_training(bits: int, checkpointed: bool) -> int:
     """The model's and the most that two updates add, in bfloat16, at the node's batch and rank."""
     made = pipeline.load_pipeline(demo.MODEL)
     cond = train.encode(made, "red apple", torch.zeros(4, 16, 16))
+    unet = made.unet.to(torch.bfloat16)
     if bits == 4:
         pipeline.quantize(made, 16)
-    unet = made.unet.to(torch.bfloat16)
-    for layer in adapters.linears(unet).values():
-        if kernels.is_ours(layer.weight):
-            layer.weight = torch.nn.Parameter(kernels.cast(layer.weight, torch.bfloat16), requires_grad=False)
     recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=checkpointed)
     sample = data.Sample(torch.zeros(4, 16, 16), cond, cond)
     with eight_bit.wanted(unet, True):

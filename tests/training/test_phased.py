@@ -4,7 +4,7 @@ import pytest
 import torch
 from comfyui_nibble.training import consistency as c
 from comfyui_nibble.training import loop, paths, phased
-from toys import MEAN, Gaussian, flow_path, vp_path
+from toys import MEAN, Gaussian, flow_path, tunable, vp_path
 
 PATHS = {"vp": vp_path(), "flow": flow_path()}
 
@@ -69,11 +69,7 @@ def test_the_exact_students_steps_are_the_whole_trajectory(path):
 def test_training_follows_the_trajectory():
     """A scale and a shift by time beside the Gaussian's denoiser learn to do in 2 steps what many do."""
     toy = Gaussian(PATHS["vp"])
-    knobs = torch.nn.Parameter(torch.zeros(2, 1000))
-
-    def student(z, t, cond):
-        scale, shift = knobs[:, t].view(2, -1, 1, 1, 1)
-        return toy.denoise(z, t, cond) * (1 + scale) + shift
+    knobs, student = tunable(toy)
 
     noise = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     truth = toy.end(toy.path.start(noise, 999), torch.full((64,), 999))

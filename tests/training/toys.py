@@ -39,6 +39,17 @@ class Gaussian:
         return MEAN + self.spread * torch.randn(n, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
 
 
+def tunable(toy: Gaussian):
+    """(parameters, student): a scale and a shift by time beside the Gaussian's denoiser, none at first."""
+    knobs = torch.nn.Parameter(torch.zeros(2, 1000))
+
+    def student(z, t, cond):
+        scale, shift = knobs[:, t].view(2, -1, 1, 1, 1)
+        return toy.denoise(z, t, cond) * (1 + scale) + shift
+
+    return knobs, student
+
+
 class Mixture(torch.nn.Module):
     """Eight points on a circle; the exact denoiser, plus a small net that training moves away from it."""
 
@@ -68,4 +79,4 @@ class Mixture(torch.nn.Module):
         return self.teacher(z, t) + self.net(torch.cat([z / size, tau], 1))
 
 
-__all__ = ["Gaussian", "Mixture", "flow_path", "vp_path"]
+__all__ = ["Gaussian", "Mixture", "flow_path", "tunable", "vp_path"]
