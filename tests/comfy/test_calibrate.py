@@ -175,7 +175,7 @@ class TestInterrupt:
         server.post("/interrupt", {})
         start = time.monotonic()
         result = server.wait(prompt)
-        assert time.monotonic() - start < 2  # one second of the server's, and one for polling on a busy machine
+        assert time.monotonic() - start < 5  # a second of the server's, and what a busy machine adds to it
         assert any(kind == "execution_interrupted" for kind, _ in result.messages)
         assert not list(server.base.rglob("*.part"))
         hooks = server.done({

@@ -245,10 +245,10 @@ def test_odd_graphs(inside, tmp_path):
     assert again["a"]["state"] == again["b"]["state"] == "cached"
     waits, _ = nodes("async")  # two at once: each was open for its whole time, and only one is charged with it
     assert waits["a"]["elapsed"] >= 0.4 and waits["b"]["elapsed"] >= 0.4
-    assert waits["a"]["seconds"] + waits["b"]["seconds"] < 0.6
+    assert sum(waits[n]["seconds"] for n in "ab") < 0.75 * sum(waits[n]["elapsed"] for n in "ab")
     assert waits["k"]["state"] == "ran"
     expanded, _ = nodes("expand")
-    assert expanded["a"]["elapsed"] >= 0.4 > expanded["a"]["seconds"] and len(expanded) == 4
+    assert expanded["a"]["elapsed"] >= max(0.4, 2 * expanded["a"]["seconds"]) and len(expanded) == 4
     assert all(n["title"] == "Expand / Sleep" for id, n in expanded.items() if id.startswith("a."))
     lazy, _ = nodes("lazy")
     assert (lazy["x"]["state"], lazy["y"]["state"]) == ("ran", "not run") and lazy["a"]["seconds"] < lazy["a"][
