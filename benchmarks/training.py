@@ -25,7 +25,7 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.demo import dataset, evaluate, recognise
 from comfyui_nibble.headless import pipeline, train
-from comfyui_nibble.profiling import alive
+from comfyui_nibble.profiling import work
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
 from comfyui_nibble.quant.policy import plan
@@ -165,8 +165,8 @@ def memory(make: Callable, bits: int, checkpointing: bool) -> dict[str, int]:
     samples = [data.Sample(torch.zeros(4, 16, 16), cond, cond)]
     recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=checkpointing)
     with eight_bit.wanted(module, True):
-        weights = alive.resident(module)
-        with alive.Alive() as made:
+        weights = kernels.held(module)
+        with work.LiveBytes() as made:
             loras = adapters.Adapters(module, lora.usual(list(adapters.linears(module))), 8)
             lora.train_lora(denoiser, loras, (samples, []), recipe)
     return {"weights": weights, "training": made.peak, "together": weights + made.peak}

@@ -37,7 +37,9 @@ class Work:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is active and still alive: now in ``live``, at most in ``peak``."""
+    """Counts the bytes of tensors made while it is active and still alive: now in ``live``, at most in ``peak``. A
+    quantized tensor's product counts as one kernel: its output, not what a CPU reference unpacks inside it.
+    """
 
     def __init__(self):
         super().__init__()
@@ -47,11 +49,11 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         # A view or an in-place result shares memory that was there before, which is not new.
-        before = {_key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        before = {storage._cdata for storage in _storages((args, kwargs))}
         out = func(*args, **kwargs)
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor) and _key(t) not in before:
-                self._add(t.untyped_storage())
+        for storage in _storages(out):
+            if storage._cdata not in before:
+                self._add(storage)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
@@ -69,8 +71,9 @@ class LiveBytes(TorchDispatchMode):
         self.live -= n
 
 
-def _key(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _storages(tree) -> list[torch.UntypedStorage]:
+    """The storage of each plain tensor in ``tree``; a wrapper around several tensors has none of its own."""
+    return [t.untyped_storage() for t in tree_leaves(tree) if type(t) in (torch.Tensor, nn.Parameter)]
 
 
 class Attention(TorchFunctionMode):

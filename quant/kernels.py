@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import get_layout_class
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import kitchen, packing, parts, runtime
 from .awq import AWQWeight
@@ -103,6 +103,11 @@ def nbytes(weight: Tensor, side: int | None = None) -> int:
     if not isinstance(weight, QuantizedTensor):
         return weight.numel() * weight.element_size()
     return sum(t.numel() * (side if side and suffix else t.element_size()) for suffix, t in tensors(weight).items())
+
+
+def held(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers of ``module``, quantized ones with all that belongs to them."""
+    return sum(nbytes(t) for t in (*module.parameters(), *module.buffers()))
 
 
 def tensors(weight: QuantizedTensor) -> dict[str, Tensor]:

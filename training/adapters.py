@@ -51,8 +51,8 @@ def blocks(layer: nn.Module, dtype: torch.dtype, device: torch.device | str) -> 
     """The effective (N, K) weight of a linear on ``device``, of a large 4-bit one some rows at a time."""
     weight = layer.weight.detach()
     if not kernels.is_ours(weight):
-        dequantized = weight.to(device=device)
-        yield (dequantized.dequantize() if isinstance(weight, QuantizedTensor) else dequantized).to(dtype)
+        there = weight.to(device=device)
+        yield (there.dequantize() if isinstance(there, QuantizedTensor) else there).to(dtype)
         return
     whole = kernels.unwrap(weight.to(device=device))
     if isinstance(whole, parts.Parts):

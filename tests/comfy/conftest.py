@@ -73,6 +73,18 @@ class Result:
     def text(self, node: str) -> str:
         return self.outputs[node]["text"][0]
 
+    @property
+    def moments(self) -> tuple[float, float]:
+        """When it started and ended, in seconds of time.time(), as ComfyUI's history has them."""
+        times = [data["timestamp"] / 1000 for kind, data in self.messages if kind.startswith("execution_")]
+        return min(times), max(times)
+
+    @property
+    def wall(self) -> float:
+        """Seconds from start to end."""
+        start, end = self.moments
+        return end - start
+
 
 @dataclass
 class Server:

@@ -172,10 +172,10 @@ class TestInterrupt:
         while not server.get("/queue")["queue_running"] and time.monotonic() < end:
             time.sleep(0.05)
         time.sleep(3)
+        start = time.time()
         server.post("/interrupt", {})
-        start = time.monotonic()
         result = server.wait(prompt)
-        assert time.monotonic() - start < 5  # a second of the server's, and what a busy machine adds to it
+        assert result.moments[1] - start < 2  # one second, and one that a busy machine adds to it
         assert any(kind == "execution_interrupted" for kind, _ in result.messages)
         assert not list(server.base.rglob("*.part"))
         hooks = server.done({

@@ -59,12 +59,6 @@ def saved(server, result, ending: str = ".json") -> str:
     return path.with_name(path.stem + ending).read_text()
 
 
-def wall(result) -> float:
-    """Seconds from start to end of a run, as ComfyUI's history has them."""
-    times = [data["timestamp"] for kind, data in result.messages if kind.startswith("execution_")]
-    return (max(times) - min(times)) / 1000
-
-
 def newest(server, known: set[str]) -> dict:
     """The one report saved since ``known``."""
     new = set(reports(server)) - known
@@ -88,7 +82,7 @@ def test_every_node_is_timed_and_the_sum_is_the_wall_time(server, tiny_model):
     assert {n["state"] for n in nodes.values()} <= {"ran", "cached"} and nodes["save"]["state"] == "ran"
     assert len(nodes["sample"]["steps"]) == 6 and not nodes["sample"]["exact"]
     total = sum(n["seconds"] for n in nodes.values())
-    assert total == pytest.approx(wall(result), rel=0.05, abs=0.1)  # 0.1 s: this run may take but one
+    assert total == pytest.approx(result.wall, rel=0.05, abs=0.1)  # 0.1 s: this run may take but one
     assert nodes["sample"]["kind"] == "sample" and nodes["model"]["kind"] == "load"
     assert run["recording"] <= 0.02 * run["seconds"]
     assert run["curve"] and run["device"]["limit"] > 0 and nodes["sample"]["peaks"]["host"] > 2**20

@@ -10,12 +10,6 @@ API = Path(__file__).resolve().parents[2] / "workflows" / "api"
 pytestmark = pytest.mark.skipif(not (demo.MODEL / "unet").exists(), reason="the demo model is not in this checkout")
 
 
-def wall(result) -> float:
-    """Seconds from start to end of a run, as ComfyUI's history has them."""
-    times = [data["timestamp"] for kind, data in result.messages if kind.startswith("execution_")]
-    return (max(times) - min(times)) / 1000
-
-
 def by_id(run: dict) -> dict[str, dict]:
     return {n["id"]: n for n in run["nodes"]}
 
@@ -44,7 +38,7 @@ def test_quickstart_is_profiled(server):
     nodes = by_id(run)
     assert set(nodes) == set(graph) and {n["state"] for n in nodes.values()} <= {"ran", "cached"}
     assert len(nodes["6"]["steps"]) == 25 and nodes["6"]["exact"]
-    assert sum(n["seconds"] for n in nodes.values()) == pytest.approx(wall(result), rel=0.05)
+    assert sum(n["seconds"] for n in nodes.values()) == pytest.approx(result.wall, rel=0.05)
     assert run["recording"] <= 0.02 * run["seconds"]
     assert nodes["7"]["kind"] == "vae" and nodes["11"]["kind"] == "other"  # it asks about the VAE, and codes nothing
     text = result.text("12")

@@ -11,7 +11,7 @@ from comfyui_nibble.headless import pipeline, train
 from comfyui_nibble.headless.cli import main
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read
-from comfyui_nibble.profiling import alive
+from comfyui_nibble.profiling import work
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.training import adapters, checkpointing, data, denoise, eight_bit, lora
 from comfyui_nibble.training.loop import Plan
@@ -68,8 +68,8 @@ def bytes_of_training(bits: int, checkpointed: bool) -> int:
     recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=checkpointed)
     sample = data.Sample(torch.zeros(4, 16, 16), cond, cond)
     with eight_bit.wanted(unet, True):
-        weights = alive.resident(unet)
-        with alive.Alive() as added:
+        weights = kernels.held(unet)
+        with work.LiveBytes() as added:
             train.train(made, ([sample], []), recipe, 8, compress=False)  # it is compressed already
     return weights + added.peak
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_nibble.checkpoints import resume
 from comfyui_nibble.demo import parts
-from comfyui_nibble.profiling.alive import Alive
+from comfyui_nibble.profiling.work import LiveBytes
 from comfyui_nibble.quant.calib import engine, presets
 from comfyui_nibble.quant.calib.observe import Observer, runs_needed
 from comfyui_nibble.quant.policy import LayerPlan
@@ -188,7 +188,7 @@ def test_peak_memory_of_a_layer_stays_under_the_stated_bound(n, k, preset):
     from comfyui_nibble.quant.calib.solve import Sample, solve
 
     sample = Sample(tokens, tokens.abs().amax(0))
-    with Alive() as count:
+    with LiveBytes() as count:
         solve(weight, None, sample, LayerPlan("svdquant_w4a4", "", 32), row, torch.bfloat16)
     assert n * k * 4 < count.peak <= engine.working_bytes(n, k, row)
 
@@ -210,7 +210,7 @@ def test_peak_memory_of_a_run_stays_under_the_stated_bound(budget):
         for t in (100, 500, 900):
             unet(x, t, text)
 
-    with Alive() as alone:
+    with LiveBytes() as alone:
         run()
     work = engine.Job(
         plans={n: LayerPlan("svdquant_w4a4", "", 32) for n in layers},
@@ -221,7 +221,7 @@ def test_peak_memory_of_a_run_stays_under_the_stated_bound(budget):
         budget=budget,
     )
     shapes = {n: tuple(m.weight.shape) for n, m in layers.items()}
-    with Alive() as count, torch.no_grad():
+    with LiveBytes() as count, torch.no_grad():
         solved = engine.calibrate(unet, work)
     bound = engine.peak_bytes(shapes, work)
     print(f"forward {alone.peak / 2**20:.1f}, calibration {count.peak / 2**20:.1f}, bound {bound / 2**20:.1f} MiB")
