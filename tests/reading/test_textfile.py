@@ -7,22 +7,26 @@ import tracemalloc
 import pytest
 from comfyui_nibble.reading import textfile
 from comfyui_nibble.reading.names import MAX_SHOWN, place, shown
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+ALWAYS = settings(deadline=None, database=None, derandomize=True, max_examples=500)
 PLAIN = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="\u2028\u2029\ufeff"))
 
 
+@ALWAYS
 @given(PLAIN, st.sampled_from(["utf-8-sig", "utf-16", "utf-32"]))
 def test_any_text_with_a_mark_comes_back(text, encoding):
     assert textfile.decoded(text.encode(encoding), "x") == text
 
 
+@ALWAYS
 @given(PLAIN)
 def test_any_utf8_comes_back(text):
     assert textfile.decoded(text.encode(), "x") == text
 
 
+@ALWAYS
 @given(st.binary(max_size=64))
 def test_any_bytes_are_text_or_one_sentence(data):
     """And a text says what its bytes say: in one of the encodings they come back."""
