@@ -187,7 +187,11 @@ OURS: dict[str, Callable[[torch.Tensor], Layer]] = {
     "nvfp4 core branch": lambda w: _low_rank(w, "nvfp4"),
 }
 LAYOUTS = {**CORE, **OURS}
-MIXED = ("fp8", "int8 rotated", "nvfp4", "convrot", "asym", "mxfp8")
+# Several layouts in turn, as files that a byte budget or a policy has made have them
+MIXED = {
+    "mixed": ("fp8", "int8 rotated", "nvfp4", "convrot", "asym", "mxfp8"),
+    "promoted": ("svdquant", "int8 rotated", "awq", "svdquant"),
+}
 MARKS = ("layers", "metadata", "both", "old")  # old: scaled_fp8, of fp8 files only
 
 
@@ -197,16 +201,16 @@ def is_block_linear(name: str, value: torch.Tensor) -> bool:
 
 
 def write(source: Path, target: Path, layout: str, marks: str = "layers", prefix: str = "", more: dict | None = None):
-    """``layout``: one of `LAYOUTS`, or "mixed" (each layer another of ComfyUI's). ``more``: tensors besides the model's,
-    for a whole checkpoint. With marks in the metadata only, its names have no prefix, as quantizers of diffusion models
-    write them. Returns ``target``.
+    """``layout``: one of `LAYOUTS` or `MIXED`. ``more``: tensors besides the model's, for a whole checkpoint. Names in
+    the metadata have no prefix, as quantizers of diffusion models write them. Returns ``target``.
     """
     out, entries, count = dict(more or {}), {}, 0
     for name, value in load_file(source).items():
         if not is_block_linear(name, value):
             out[prefix + name] = value.to(BF16) if value.dim() > 1 else value.clone()
             continue
-        make = LAYOUTS[MIXED[count % len(MIXED)] if layout == "mixed" else layout]
+        turns = MIXED.get(layout, (layout,))
+        make = LAYOUTS[turns[count % len(turns)]]
         layer, bare = make(value.float()), name.removesuffix(".weight")
         count += 1
         entry = layer.pop("comfy_quant")

@@ -1,13 +1,14 @@
-"""ARGS: family, a JSON file {name: path}, the float file. Every file through ComfyUI's own loader and through this pack's.
+"""ARGS: family, a JSON file {name: path}, the float file. Every file through ComfyUI's own loader and through this
+pack's.
 
-Prints {name: {"stock": error against the float model or the exception, "ours": the same, "apart": largest difference of
-the two outputs}}. A path in a folder called checkpoints goes through the checkpoint loaders.
+Prints {name: {"stock": error against the float model or the exception, "ours": the same, "apart": largest difference
+of the two outputs}}. A path in a folder called checkpoints goes through the checkpoint loaders.
 """
 
 import json
 from pathlib import Path
 
-from lora_common import args, comfy, load, mm, now, relative, torch
+from lora_common import args, comfy, load, mm, now, relative
 
 family, listed, float_file = args
 reference = now(comfy.sd.load_diffusion_model(float_file), family)
@@ -20,7 +21,9 @@ def stock(path: str):
 
 
 def ours(path: str):
-    return load.full_checkpoint(path, None)[0] if Path(path).parent.name == "checkpoints" else load.diffusion_model(path)
+    return (
+        load.full_checkpoint(path, None)[0] if Path(path).parent.name == "checkpoints" else load.diffusion_model(path)
+    )
 
 
 def outcome(loader, path: str):

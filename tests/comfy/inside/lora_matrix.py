@@ -8,15 +8,16 @@ import json
 import re
 from pathlib import Path
 
-from lora_common import args, comfy, cosine, kernels, load, lora_files, mm, now, ours, run, torch  # isort: skip
-import folder_paths
-import nodes as comfy_nodes
-from comfy_extras.nodes_model_merging import ModelMergeSimple
+from lora_common import args, comfy, cosine, kernels, load, lora_files, mm, now, ours, run, torch
+
+import folder_paths  # isort: skip  (ComfyUI's own modules are found once lora_common is imported)
+import nodes as comfy_nodes  # isort: skip
+from comfy_extras.nodes_model_merging import ModelMergeSimple  # isort: skip
 
 family, listed, float_file, folder = args
 folder_paths.add_model_folder_path("loras", folder)
 lora_nodes = ours("nodes.lora")
-SIZE, A, B = 1.0, "a.safetensors", "b.safetensors"
+SIZE, A, B = 2.0, "a.safetensors", "b.safetensors"
 
 
 def quantized(model) -> dict:
@@ -108,6 +109,18 @@ def held(model, before: dict[str, int]) -> dict[str, object]:
     return {"grown": len(grown), "dense": len(dense), "MiB": f"{more / 2**20:.1f}"}
 
 
+def half_loaded(model) -> list[int]:
+    """[bytes that ComfyUI counts, bytes of the layers that are loaded] of a MODEL with room for some of its layers.
+    (ComfyUI keeps twice a patched layer's 16-bit size free.)
+    """
+    mm.unload_all_models()
+    model.patch_model(torch.device("cpu"), lowvram_model_memory=2 * mm.module_size(model.model))
+    loaded = [m for m in model.model.modules() if getattr(m, "comfy_patched_weights", False) is True]
+    out = [model.loaded_size(), sum(mm.module_size(m) for m in loaded)]
+    model.detach()
+    return out
+
+
 def said(report: str) -> dict[str, object]:
     found = re.search(r"(\d+) quantized layers take it into their low-rank branch: ([\d.]+) MiB", report)
     dense = re.search(r"(\d+) quantized layers become 16-bit", report)
@@ -137,6 +150,7 @@ for layout, path in json.loads(Path(listed).read_text()).items():
         way: cosine(got[way] - got["plain"], wanted[way] - wanted["plain"]) for way in got if way != "plain"
     }
     entry["error"] = (got["plain"] - wanted["plain"]).norm().item() / wanted["plain"].norm().item()
+    entry["half loaded"] = half_loaded(model_only(model, A))
     entry["same as loaded"] = torch.equal(got["not loaded"], got["LoraLoaderModelOnly"])
     entry["hook same"] = torch.equal(got["hook"], got["LoraLoaderModelOnly"])
     entry["removed"] = torch.equal(run(model, family), got["plain"])
@@ -146,8 +160,7 @@ for layout, path in json.loads(Path(listed).read_text()).items():
         entry[key] = [said(applied[2]), held(applied[0], before)]
         if name == A:
             entry["keys loaded"] = keys(applied[0])
-            counted = applied[0].model_size(), mm.module_size(applied[0].model), applied[0].loaded_size()
-            entry["bytes"] = counted
+            entry["bytes"] = [applied[0].loaded_size(), applied[0].model_size(), mm.module_size(applied[0].model)]
             comfy.utils.save_torch_file(applied[0].state_dict_for_saving(), f"{folder}/saved.safetensors", metadata={})
             saved = load.diffusion_model(f"{folder}/saved.safetensors")
             entry["saved"] = (run(saved, family) - got["Apply LoRA"]).abs().max().item()
