@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from comfy_kitchen.float_utils import from_blocked, to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import get_layout_class, register_layout_class, register_layout_op
 from torch import Tensor
@@ -28,6 +29,8 @@ START, END = "Nibble", "LowRank"
 OWN = ("proj_down", "proj_up", "input_scale", "pre_quant_scale")  # tensors that the sub-layouts add
 SIDES = ("proj_down", "proj_up")  # those of them in the compute dtype
 FLAGS = ("emulate", "full_precision")
+# Layouts whose scales lie in cuBLAS's blocks: (parameter, columns that share a scale)
+BLOCKED = {"TensorCoreNVFP4Layout": ("block_scale", 16), "TensorCoreMXFP8Layout": ("scale", 32)}
 # Layouts whose product wants its input quantized first; the others quantize it themselves.
 QUANTIZED_INPUT = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout", "TensorCoreMXFP8Layout",
                    "TensorCoreNVFP4Layout")  # fmt: skip
@@ -145,6 +148,11 @@ def unwrap(weight: QuantizedTensor) -> CoreLowRankWeight:
     return CoreLowRankWeight(base, **{n: getattr(p, n) for n in (*OWN, *FLAGS)})
 
 
+def has_kernel(layout: str) -> bool:
+    """Whether this machine multiplies in a layout as it is stored. (ComfyUI's loader has a list of its own.)"""
+    return layout not in QUANTIZED_INPUT or get_layout_class(layout).supports_fast_matmul()
+
+
 def beside(base: QuantizedTensor, **more) -> CoreLowRankWeight:
     """A weight in one of ComfyUI's formats as one with a branch of rank 0. ``more``: what its layer holds besides."""
     n, k = base.shape
@@ -158,6 +166,24 @@ def dequantize(w: CoreLowRankWeight) -> Tensor:
     if w.pre_quant_scale is not None:
         dense = dense * w.pre_quant_scale.float()
     return dense + w.proj_up.float() @ w.proj_down.float().t()
+
+
+def rows(w: CoreLowRankWeight, start: int, stop: int) -> CoreLowRankWeight:
+    """Rows [start, stop): codes and scales of these outputs; what belongs to all of them is shared."""
+    p, n = w.base._params, w.shape[0]
+    cut = {}
+    for name in p._tensor_fields():
+        value = getattr(p, name)
+        blocked = BLOCKED.get(w.base._layout_cls)
+        if blocked is not None and name == blocked[0]:
+            groups = -(-w.shape[1] // blocked[1])
+            plain = from_blocked(value.view(torch.uint8), n, groups)[start:stop].contiguous()
+            cut[name] = to_blocked(plain, flatten=False).view(value.dtype)
+        elif value.dim() and value.shape[0] == n:
+            cut[name] = value[start:stop].contiguous()
+    params = replace(p, orig_shape=(stop - start, w.shape[1]), **cut)
+    base = QuantizedTensor(w.base._qdata[start:stop].contiguous(), w.base._layout_cls, params)
+    return replace(w, base=base, proj_up=w.proj_up[start:stop].contiguous())
 
 
 def base_linear(x: Tensor, w: CoreLowRankWeight, bias: Tensor | None) -> Tensor:

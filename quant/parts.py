@@ -100,12 +100,14 @@ def shift(w: Plain | Parts) -> Tensor | None:
     return torch.cat(full) if w.axis == ROWS else sum(full)
 
 
-def take_rows(w: Plain | Parts, start: int, stop: int) -> Plain | Parts:
+def take_rows(w: Plain | Parts | CoreLowRankWeight, start: int, stop: int) -> Plain | CoreLowRankWeight:
     """Rows [start, stop) of any plain weight; raises ValueError for parts, which are joined last."""
     if isinstance(w, NVFP4LowRankWeight):
         return nvfp4_lowrank.rows(w, start, stop)
     if isinstance(w, WeightOnly):
         return weight_only.rows(w, start, stop)
+    if isinstance(w, CoreLowRankWeight):
+        return core_low_rank.rows(w, start, stop)
     if isinstance(w, Parts):
         raise ValueError("rows of a layer that is made of parts")
     return fused.rows(w, start, stop)

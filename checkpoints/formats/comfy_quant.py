@@ -106,6 +106,20 @@ def read(tensors: MutableMapping[str, Tensor], file: str, core: Collection[str] 
     return found
 
 
+def take_core(tensors: MutableMapping[str, Tensor], file: str) -> dict[str, core_quant.StoredCore]:
+    """Takes the layers that `read` leaves for ComfyUI out of ``tensors``, for whoever runs them without it. Raises
+    CheckpointError for a format that is not ComfyUI's of 0.33.
+    """
+    out = {}
+    for key in [k for k in tensors if k.endswith(SUFFIX)]:
+        layer = key.removesuffix(SUFFIX)
+        config = decode_config(tensors.pop(key), file, layer)
+        if config["format"] not in CORE:
+            raise CheckpointError(file, f"only ComfyUI runs its format {config['format']!r}", "Use it there", layer)
+        out[layer] = core_quant.take(tensors, layer, config)
+    return out
+
+
 def _foreign_branch(tensors: Mapping[str, Tensor], layer: str, config: dict, file: str) -> bool:
     """Whether another pack has put a branch beside a layer of ComfyUI's formats. Raises CheckpointError for half a
     branch, or none where the JSON promises one.

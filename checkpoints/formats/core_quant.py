@@ -17,7 +17,7 @@ It asks for `build` where a low-rank branch lies beside one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import get_layout_class
 from torch import Tensor
 
+from ...quant.core_low_rank import CoreLowRankWeight, beside, has_kernel
 from ...quant.kernels import tensors
 from .stored import encode_config
 
@@ -118,6 +119,27 @@ def write(layer: str, weight: QuantizedTensor) -> dict[str, Tensor]:
     """The tensors of one layer under ``layer``, without bias. Raises KeyError for any other layout."""
     parts = parts_of(weight) | {"comfy_quant": encode_config(config_of(weight))}
     return {f"{layer}.{name}": t for name, t in parts.items()}
+
+
+@dataclass(frozen=True)
+class StoredCore:
+    """A layer in one of ComfyUI's formats as read: its JSON and its tensors by on-disk name."""
+
+    config: Mapping
+    parts: Mapping[str, Tensor]
+
+    def build(self, shape: tuple[int, int], dtype: torch.dtype) -> CoreLowRankWeight:
+        """The (N, K) weight with a branch of rank 0. Raises ValueError for tensors that do not fit."""
+        extras = {n: self.parts.get(n) for n in EXTRAS}
+        base = build(self.config, self.parts, shape, dtype)
+        full, emulate = bool(self.config.get(FULL_PRECISION, False)), not has_kernel(base._layout_cls)
+        return beside(base, **extras, full_precision=full, emulate=emulate)
+
+
+def take(tensors: MutableMapping[str, Tensor], layer: str, config: Mapping) -> StoredCore:
+    """Takes a layer's tensors out of ``tensors``; its bias stays."""
+    names = ("weight", *(n for n, _ in FORMATS[config["format"]].parts.values()), *EXTRAS)
+    return StoredCore(config, {n: tensors.pop(f"{layer}.{n}") for n in names if f"{layer}.{n}" in tensors})
 
 
 def build(config: Mapping, parts: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> QuantizedTensor:
