@@ -6,6 +6,7 @@ scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; alpha_pattern n
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,9 @@ def parse(config: Mapping, where: str, prefix: str = "") -> PeftConfig | None:
         alpha = float(config.get("lora_alpha", config.get("alpha")))
         alphas = {str(k): float(v) for k, v in pattern.items()}
         rank = max(1, int(config.get("r", 1)))
-    except (TypeError, ValueError, AttributeError) as e:
+        if not all(map(math.isfinite, (alpha, *alphas.values()))):
+            raise ValueError("JSON's NaN or Infinity")
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise ValueError(f"{where}: its alpha and rank are not numbers. Save the adapter again") from e
     odd = next((k for k in alphas if not LITERAL.fullmatch(k)), None)
     if odd is not None:
@@ -67,7 +70,7 @@ def configs(path: str | Path, metadata: Mapping[str, str] | None) -> tuple[PeftC
     if path.name == WEIGHTS and beside.is_file():
         if beside.stat().st_size > MAX_BYTES:
             raise ValueError(f"{CONFIG} beside {path.name} is larger than 1 MiB. It is not an adapter's config")
-        found = parse(_json(beside.read_text(encoding="utf-8"), f"{CONFIG} beside {path.name}"), CONFIG)
+        found = parse(_json(beside.read_bytes(), f"{CONFIG} beside {path.name}"), CONFIG)
         return () if found is None else (found,)
     text = (metadata or {}).get(DIFFUSERS_KEY)
     if not text:
@@ -82,10 +85,10 @@ def configs(path: str | Path, metadata: Mapping[str, str] | None) -> tuple[PeftC
     return tuple(out)
 
 
-def _json(text: str, where: str) -> dict:
+def _json(text: str | bytes, where: str) -> dict:
     try:
         values = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where} is not JSON. Save the adapter again") from e
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a JSON object. Save the adapter again")

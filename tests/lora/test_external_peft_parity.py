@@ -103,10 +103,15 @@ def test_patterns_are_names_and_never_expressions():
         ("[1]", "is not a JSON object"),
         ('{"lora_alpha": "high"}', "its alpha and rank are not numbers"),
         ('{"lora_alpha": 1, "alpha_pattern": [1]}', "its alpha and rank are not numbers"),
+        ('{"lora_alpha": NaN}', "its alpha and rank are not numbers"),
+        ('{"lora_alpha": 1, "alpha_pattern": {"a": -Infinity}}', "its alpha and rank are not numbers"),
+        ('{"lora_alpha": 1, "r": Infinity}', "its alpha and rank are not numbers"),
+        ("[" * 100_000, "is not JSON"),
+        (b'{"lora_alpha": "\xff"}', "is not JSON"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_named(text, message, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(text)
+    (tmp_path / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         configs(tmp_path / "adapter_model.safetensors", None)
 
