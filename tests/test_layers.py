@@ -25,7 +25,7 @@ ALLOWED = {
     "nodes": CORE,
     "headless": CORE,
     "training": {"lora", "sampling", "quant"},
-    "lora": {"checkpoints.families", "quant"},
+    "lora": {"checkpoints.families", "checkpoints.header", "quant"},  # a LoRA is a file, too
     "checkpoints": {"quant"},
     "demo": {"metrics", "training", "adapters"},
     "slim": {"quant"},  # its truncated singular value decomposition
