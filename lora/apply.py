@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.families import KeyRule, by_diffusers_class
 from ..quant import kernels
+from .keys import parse, unread
 from .names import MODEL, TEXT, Index, Slot, index, place
 from .read import LoraFile, Update
 from .rows import Region, divide
@@ -98,9 +99,8 @@ def apply(
     """
     layers = layers_of(module, 1)
     names = index({n: tuple(m.weight.shape) for n, m in layers.items()}, rules_of(module) if rules is None else rules)
-    said, targets, done = dict(lora.refused), {}, {}
+    said, done = dict(lora.refused), {}
     for update in lora.updates:
-        targets |= dict.fromkeys(update.keys.values(), update.target)
         try:
             slots = _slots(update, names, part)
             pieces = _pieces(update, slots, layers)
@@ -113,6 +113,7 @@ def apply(
         done |= dict.fromkeys(update.keys.values(), "model" if part == MODEL else "text")
     status = {key: e.status for key, e in said.items()} | done
     why = {key: e.why for key, e in said.items() if e.why and key not in done}
+    targets = {key: hit[0] for key in status if (hit := parse(key) or unread(key)) is not None}
     return Report(status, targets, why)
 
 
