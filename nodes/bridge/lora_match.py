@@ -56,9 +56,8 @@ class Vocabulary:
         return type(self.model.model).__name__ if family is families.GENERIC else family.title
 
     def part(self, name: str):
-        """What holds the weights of a part, or None."""
-        owner = {MODEL: self.model, TEXT: self.clip}[name]
-        return None if owner is None else (owner.model if name == MODEL else owner.cond_stage_model)
+        """ComfyUI's patcher of a part, or None."""
+        return self.model if name == MODEL else getattr(self.clip, "patcher", None)
 
 
 def vocabulary(model, clip) -> Vocabulary:
@@ -103,8 +102,8 @@ def rules_of(model) -> list[KeyRule]:
 
 @dataclass(frozen=True)
 class Goal:
-    """A weight in ComfyUI's model that an update changes. ``inside``: only these rows of it, (0, start, number), as
-    ComfyUI's offsets have them. ``own``, ``swap``: as in lora/names.py's Slot.
+    """A weight in ComfyUI's model that an update changes. ``inside``: only some of it, ComfyUI's offset (axis, start,
+    number). ``own``, ``swap``: as in lora/names.py's Slot.
     """
 
     key: str
@@ -120,7 +119,7 @@ class Goal:
     def bias(self) -> Goal:
         """The bias beside this weight. Raises Refused where there can be none."""
         layer, dot, last = self.key.rpartition(".")
-        if last != "weight":
+        if last != "weight" or (self.inside is not None and self.inside[0] != 0):
             raise Refused("unknown", "the layer has no bias")
         return replace(self, key=f"{layer}{dot}bias")
 
@@ -130,7 +129,7 @@ def _goal(target) -> Goal:
     if isinstance(target, str):
         return Goal(target)
     key, offset, function = (*target, None)[:3]
-    if function not in (None, comfy.utils.swap_scale_shift) or (offset is not None and offset[0] != 0):
+    if function not in (None, comfy.utils.swap_scale_shift):
         raise Refused("rows", "ComfyUI maps it in a way that this pack does not know")
     return Goal(key, offset, swap=function is not None)
 
@@ -165,10 +164,10 @@ class Match:
         """Makes the patches of one update and notes what became of its keys."""
         try:
             spot, goals = self.place(update.target)
-            root = self.vocabulary.part(spot.part)
-            if root is None or not goals:
-                raise Refused("other part" if root is None else "unknown")
-            made = _patches(update, goals, root)
+            owner = self.vocabulary.part(spot.part)
+            if owner is None or not goals:
+                raise Refused("other part" if owner is None else "unknown")
+            made = _patches(update, goals, owner)
         except Refused as e:
             return self.refuse(keys, e)
         self._keep(spot.part, made)
@@ -189,9 +188,9 @@ class Match:
     def leave_to_comfyui(self, left: Mapping[str, Tensor], renamed: Mapping[str, str]) -> None:
         """Keys of no kind that this pack reads: a newer ComfyUI's loader may know them."""
         for part in (MODEL, TEXT):
-            names, root, watched = dict(self.vocabulary.own[part]), self.vocabulary.part(part), _Watched(left)
+            names, owner, watched = dict(self.vocabulary.own[part]), self.vocabulary.part(part), _Watched(left)
             loaded = comfy.lora.load_lora(watched, names, log_missing=False) if left and names else {}
-            if loaded and all(_fits(root, target, value) for target, value in loaded.items()):
+            if loaded and all(_fits(owner, target, value) for target, value in loaded.items()):
                 self._keep(part, [loaded])
                 self.done([renamed[k] for k in watched.seen if k in renamed], part)
 
@@ -205,46 +204,47 @@ class Match:
                 free[target] = value
 
 
-def _patches(update: Update, goals: list[Goal], root) -> list[dict]:
+def _patches(update: Update, goals: list[Goal], owner) -> list[dict]:
     """[{ComfyUI's target: patch}], one for each of ``goals``. Raises Refused where ComfyUI cannot apply one exactly."""
     if update.kind == "bias":
         goals = [goal.bias() for goal in goals]
     if update.kind == "oft" and "rescale" in update.parts:
         raise Refused("unread", "OFT with a rescale, which ComfyUI leaves out")
-    regions = [_region(goal, root) for goal in goals]
+    regions = [_region(goal, owner) for goal in goals]
     made = []
-    for goal, piece in zip(goals, divide(update, regions, lambda i: _dense(goals[i], root)), strict=True):
+    for goal, piece in zip(goals, divide(update, regions, lambda i: _dense(goals[i], owner)), strict=True):
         patch = _patch(piece)
-        if patch is None or not _fits(root, goal.target, patch):
+        if patch is None or not _fits(owner, goal.target, patch):
             raise Refused("shape")
         made.append({goal.target: patch})
     return made
 
 
-def _region(goal: Goal, root) -> Region:
+def _region(goal: Goal, owner) -> Region:
     """What ``goal`` is to `divide`. Raises Refused when the model has no such weight."""
-    weight = _weight(root, goal.key)
+    weight = _weight(owner, goal.key)
     if weight is None:
         raise Refused("unknown", "the layer has no bias" if goal.key.endswith(".bias") else "")
     if weight.dim() == 0:
         raise Refused("shape", "the layer is a single number")
-    shape = tuple(weight.shape)
+    shape = list(weight.shape)
     if goal.inside is not None:
-        shape = (goal.inside[2], *shape[1:])
-    return Region(shape, goal.own, goal.swap, goal.inside is not None)
+        shape[goal.inside[0]] = goal.inside[2]
+    return Region(tuple(shape), goal.own, goal.swap, goal.inside is not None)
 
 
-def _weight(root, key: str):
+def _weight(owner, key: str):
+    """The unpatched tensor at ``key``, also while a clone's LoRA is loaded into the model they share; None for none."""
     try:
-        weight = comfy.utils.get_attr(root, key)
+        weight = owner.backup[key].weight if key in owner.backup else comfy.utils.get_attr(owner.model, key)
     except AttributeError:
         return None
     return weight if isinstance(weight, Tensor) else None
 
 
-def _dense(goal: Goal, root) -> Tensor:
-    """The rows of a weight that ``goal`` names, in float32, as ComfyUI's patches see them."""
-    weight, _, convert = get_key_weight(root, goal.key)
+def _dense(goal: Goal, owner) -> Tensor:
+    """What ``goal`` names of a weight, in float32, as ComfyUI's patches see it."""
+    weight, (_, _, convert) = _weight(owner, goal.key), get_key_weight(owner.model, goal.key)
     if kernels.is_ours(weight):
         weight = p.dense(weight)
     else:
@@ -266,9 +266,9 @@ def _patch(piece: Update):
     return loaded.get("layer.bias" if piece.kind == "bias" else "layer.weight")
 
 
-def _fits(root, target, value) -> bool:
+def _fits(owner, target, value) -> bool:
     key, offset = (target, None) if isinstance(target, str) else target[:2]
-    weight = _weight(root, key)
+    weight = _weight(owner, key)
     return weight is not None and p.fits(value, tuple(weight.shape), offset)
 
 

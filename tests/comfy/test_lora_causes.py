@@ -24,6 +24,16 @@ def test_kinds_that_name_no_layer(found):
     assert found["alone"] == dict.fromkeys(ALONE, True)
 
 
+def test_a_file_of_a_kind_that_is_not_read(found):
+    """The nodes that apply refuse it, and the one that inspects says the same: by its name, not as a missing half."""
+    key = "lora_unet_double_blocks_0_img_attn_proj.ia3_l"
+    start = "ia3.safetensors: none of its 1 keys fits: it holds IA3, a kind that is not read, the model is FLUX.1"
+    assert found["of IA3 only"].startswith(start) and key in found["of IA3 only"]
+    lines = found["inspected"].splitlines()
+    assert lines[0] == "**ia3.safetensors**: holds IA3, a kind that is not read; no LoRA layer"
+    assert lines[2] == f"- of a kind that is not read: {key} (IA3)"
+
+
 def test_numbers_of_every_type(found):
     assert len(found["types"]) == 2 * len(TYPES) and max(found["types"].values()) < 1e-5, found["types"]
 

@@ -11,6 +11,7 @@ import random
 from lora_common import args, comfy, effective, load, ours, torch
 from lora_common import lora_odd as odd
 from lora_matrix import KINDS, kind
+from safetensors.torch import save_file
 
 bridge, match = ours("nodes.bridge.lora"), ours("nodes.bridge.lora_match")
 model = (load.diffusion_model if "-4bit" in args[0] else comfy.sd.load_diffusion_model)(args[0])
@@ -55,6 +56,12 @@ for name, (tensors, status, why) in CASES.items():
 for key, name in odd.ALONE.items():
     found = match.match({key: torch.ones(4)}, (), names)
     result["alone"][key] = [found.status[key], found.why[key]] == ["unread", name]
+save_file({f"{TARGET}.ia3_l": torch.ones(1, k)}, "ia3.safetensors")
+try:
+    bridge.apply([bridge.Choice("ia3.safetensors", "ia3.safetensors")], model)
+except ValueError as e:
+    result["of IA3 only"] = str(e)
+result["inspected"] = bridge.inspect("ia3.safetensors", "ia3.safetensors", model)[0]
 for dtype in odd.TYPES:
     for what in ("lora", "lokr"):
         tensors = odd.of_type(dtype, n, k, what)

@@ -7,7 +7,7 @@ compared, with the side tensors of 4-bit ones in float32, never products of 4-bi
 
 import json
 
-from lora_common import args, comfy, effective, load, ours, torch
+from lora_common import args, comfy, effective, load, lora_files, mm, ours, torch, with_lora
 from lora_common import lora_matrix as m
 
 bridge, match = ours("nodes.bridge.lora"), ours("nodes.bridge.lora_match")
@@ -75,4 +75,17 @@ for place, (family, target, layers, rows) in SPOTS.items():
     for name in m.CONVOLUTIONS if place == "convolution" else m.KINDS:
         tensors = m.convolution(name, n, k) if place == "convolution" else m.kind(name, n, k, piece)
         result[f"{name} | {place}"] = run(name, place, tensors, model, target, layers, rows)
-print(json.dumps(result))
+
+# The shares of DoRA per input are those of the unpatched model, whatever is loaded into it at the moment.
+model, (_, target, layers, _) = models["sd15"], SPOTS["fused on split"]
+file = {f"{target}{end}": t for end, t in m.kind("dora of inputs", 960, 320, 320).items()}
+
+
+def shares() -> list:
+    found = match.match(file, (), match.vocabulary(model, None)).patches["model"][0]
+    return [found[f"diffusion_model.{layer}.weight"].weights[4].flatten().tolist() for layer in layers]
+
+
+before, other = shares(), lora_files.factors(dict.fromkeys(layers, (320, 320)), size=2.0)
+mm.load_models_gpu([with_lora(model, lora_files.spell(other, "comfyui"))])
+print(json.dumps(result | {"shares": shares() == before}))
