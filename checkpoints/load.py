@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from . import folder, header, lazy, marks, native
 from .errors import CheckpointError
 from .formats import FORMATS, comfy_quant, gguf
 from .formats.stored import StoredLayer
+
+# Where a diffusion model's layers may stand in a file: ComfyUI's prefixes, longest first, and none.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "model.", "net.", "")
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,17 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def parse(
-    tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str] | None, name: str, config: Mapping | None = None
-) -> Checkpoint:
+    tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str] | None, name: str, config: Mapping | None = None,
+    core: Collection[str] = comfy_quant.CORE,
+) -> Checkpoint:  # fmt: skip
     """Splits ``tensors`` (consumed) into dense tensors and 4-bit layers. Raises CheckpointError naming the layer.
 
     Configurations that live only in ComfyUI's ``_quantization_metadata`` are taken as if each layer carried its own.
-    ``config``: the config.json beside the file, which says who wrote a diffusers folder.
+    ``config``: the config.json beside the file, which says who wrote a diffusers folder. ``core``: the formats that the
+    ComfyUI in hand loads by itself.
     """
     metadata = dict(metadata or {})
-    for layer, entry in file_level(metadata, name).items():
+    for layer, entry in marked_layers(file_level(metadata, name), tensors).items():
         key = layer + comfy_quant.SUFFIX
         if key not in tensors:
             tensors[key] = comfy_quant.encode_config(entry)
@@ -78,7 +83,7 @@ def parse(
     layers: dict[str, StoredLayer] = {}
     for fmt in FORMATS:
         if fmt.detect(tensors):
-            layers |= fmt.read(tensors, name)
+            layers |= fmt.read(tensors, name, core) if fmt is comfy_quant else fmt.read(tensors, name)
     dense = tensors if isinstance(tensors, dict) else {n: tensors.pop(n) for n in list(tensors)}
     if layers:  # a float model in a publisher's names is ComfyUI's to read
         names = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
@@ -96,3 +101,17 @@ def file_level(metadata: Mapping[str, str], name: str) -> dict[str, dict]:
         return {str(k): dict(v) for k, v in layers.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(name, f"its _quantization_metadata is not valid ({e})", header.AGAIN) from e
+
+
+def marked_layers(entries: Mapping[str, dict], names: Collection[str]) -> dict[str, dict]:
+    """File-level ``entries`` by their layers' full names among the tensors ``names``: the metadata may name a model's
+    layers without the prefix under which a checkpoint keeps them, or with one that the file lacks. Entries without a
+    layer are left out, as ComfyUI leaves them out.
+    """
+    out = {}
+    for layer, entry in entries.items():
+        bare = next((layer.removeprefix(p) for p in PREFIXES if p and layer.startswith(p)), layer)
+        full = next((n for n in (layer, *(p + bare for p in PREFIXES)) if f"{n}.weight" in names), None)
+        if full is not None:
+            out[full] = entry
+    return out

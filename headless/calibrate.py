@@ -43,12 +43,7 @@ def texts(file: Path | None, domain: str | None, count: int, seed: int) -> tuple
     """``count`` prompts of a text file, of a domain, or of the pack's own list."""
     if domain is not None:
         return tuple(p.positive for p in batch.unique(domains.load(domain), count, seed))
-    given = None
-    if file is not None:
-        given = calibration.lines(file.read_text(encoding="utf-8"))
-        if not given:
-            raise ValueError(f"{file.name}: there is no prompt in it")
-    return tuple(calibration.sample(count, seed, given))
+    return tuple(calibration.sample(count, seed, None if file is None else calibration.read(file)))
 
 
 def pipeline_folder(given: Path, source: Source) -> Path:

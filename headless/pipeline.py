@@ -12,10 +12,12 @@ from torch import nn
 
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.families import FamilySpec, KeyRule, by_diffusers_class
+from ..checkpoints.formats.comfy_quant import take_core
+from ..checkpoints.formats.core_quant import StoredCore
 from ..checkpoints.load import load
 from ..quant import kernels
 from ..quant.modules import install, linear_shapes, quantize_module
-from ..quant.parts import take_rows
+from ..quant.parts import dequantize, take_rows
 from ..quant.policy import LayerPlan, plan
 from ..quant.schemes import KEEP
 
@@ -86,20 +88,37 @@ def quantize(pipe, rank: int, progress: Callable[[str], None] | None = None) -> 
 
 
 def install_file(pipe, path: str | Path) -> int:
-    """Puts the layers of a 4-bit file (native names) into the pipeline's denoiser. Returns their number."""
+    """Puts the layers of a quantized file (native names), in whatever formats, into the pipeline's denoiser. Returns
+    their number. Raises CheckpointError for a file that is not this pipeline's, and for weights that are codes.
+    """
     checkpoint = load(path)
-    module = denoiser(pipe)
+    module, name = denoiser(pipe), checkpoint.name
     prefix = "model.diffusion_model." if any(n.startswith("model.diffusion_model.") for n in checkpoint.dense) else ""
     homes = {r.native: r for r in family_of(module).key_rules(module.config)}
-    done = 0
-    for layer, stored in checkpoint.layers.items():
-        rule = _rule(homes, f"{layer.removeprefix(prefix)}.weight", checkpoint.name, layer)
-        done += _install_layer(module, rule, stored.weight, checkpoint.dense.get(f"{layer}.bias"), checkpoint.name)
+    dense = dict(checkpoint.dense)
+    layers = {n: x.weight for n, x in checkpoint.layers.items()} | take_core(dense, name)
+    done, left = 0, set(dict(module.named_parameters()))
+    for layer, weight in layers.items():
+        rule = _rule(homes, f"{layer.removeprefix(prefix)}.weight", name, layer)
+        if isinstance(weight, StoredCore):
+            weight = _built(module, rule, weight, name)
+        if rule.swap_halves:  # codes cannot be cut in half and joined the other way round
+            dense[f"{layer}.weight"] = dequantize(weight)
+            continue
+        done += _install_layer(module, rule, weight, dense.pop(f"{layer}.bias", None), name)
+        left -= {s.removesuffix("weight") + end for s in rule.sources for end in ("weight", "bias")}
     parameters = dict(module.named_parameters())
-    biases = {f"{layer}.bias" for layer in checkpoint.layers}
-    for name, value in checkpoint.dense.items():
-        if name not in biases and name.startswith(prefix) and name.removeprefix(prefix) in homes:
-            _copy(parameters, homes[name.removeprefix(prefix)], value, checkpoint.name)
+    for key, value in dense.items():
+        if not key.startswith(prefix):
+            continue  # a text encoder or a VAE beside it
+        rule = _rule(homes, key.removeprefix(prefix), name, key)
+        if not value.is_floating_point() or value.dtype.itemsize < 2:
+            what = f"it holds {value.dtype}, and nothing says what its numbers mean"
+            raise CheckpointError(name, what, "Take the model's own file, or write it again", key)
+        _copy(parameters, rule, value, name)
+        left -= set(rule.sources)
+    if left:
+        raise CheckpointError(name, "the pipeline has this tensor and the file does not", "Write it again", min(left))
     return done
 
 
@@ -109,7 +128,16 @@ def _rule(homes: Mapping[str, KeyRule], name: str, file: str, layer: str) -> Key
     return homes[name]
 
 
+def _built(module: nn.Module, rule: KeyRule, stored: StoredCore, file: str):
+    shapes = [module.get_submodule(s.removesuffix(".weight")).weight.shape for s in rule.sources]
+    try:
+        return stored.build((sum(s[0] for s in shapes), shapes[0][1]), module.dtype)
+    except ValueError as e:
+        raise CheckpointError(file, str(e), "Use the pipeline the file was made from", rule.native) from e
+
+
 def _install_layer(module: nn.Module, rule: KeyRule, weight, bias, file: str) -> int:
+    """Puts one layer of a file into those of the pipeline that it fuses; returns their number."""
     start = 0
     for source in rule.sources:
         layer = module.get_submodule(source.removesuffix(".weight"))

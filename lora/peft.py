@@ -5,12 +5,13 @@ scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; alpha_pattern n
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..reading import textfile
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -68,9 +69,7 @@ def configs(path: str | Path, metadata: Mapping[str, str] | None) -> tuple[PeftC
     path = Path(path)
     beside = path.with_name(CONFIG)
     if path.name == WEIGHTS and beside.is_file():
-        if beside.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{CONFIG} beside {path.name} is larger than 1 MiB. It is not an adapter's config")
-        found = parse(_json(beside.read_bytes(), f"{CONFIG} beside {path.name}"), CONFIG)
+        found = parse(_json(textfile.read(beside, MAX_BYTES), f"{CONFIG} beside {path.name}"), CONFIG)
         return () if found is None else (found,)
     text = (metadata or {}).get(DIFFUSERS_KEY)
     if not text:
@@ -87,8 +86,8 @@ def configs(path: str | Path, metadata: Mapping[str, str] | None) -> tuple[PeftC
 
 def _json(text: str | bytes, where: str) -> dict:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        values = textfile.value(text)
+    except ValueError as e:
         raise ValueError(f"{where} is not JSON. Save the adapter again") from e
     if not isinstance(values, dict):
         raise ValueError(f"{where} is not a JSON object. Save the adapter again")

@@ -195,7 +195,7 @@ class NibbleCalibrationPrompts(io.ComfyNode):
         if source.startswith(DOMAIN):
             found = domain_prompts.many(source.removeprefix(DOMAIN), "", count, seed, "auto", "")
             return io.NodeOutput("\n".join(p.positive for p in found))
-        given = None if source == SHIPPED else calibration.lines(files.input_text(source))
+        given = None if source == SHIPPED else calibration.read(files.input_file(source))
         return io.NodeOutput("\n".join(calibration.sample(count, seed, given)))
 
 

@@ -4,8 +4,11 @@ where a node reads it."""
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import folder_paths
+
+from ..reading.names import shown
 
 SAFETENSORS = (".safetensors", ".sft")
 GGUF = ".gguf"
@@ -73,9 +76,6 @@ def listed_path(choice: str, folders: tuple[str, ...]) -> str:
     return path(folder, name)
 
 
-MAX_TEXT = 2**20
-
-
 def input_names(endings: tuple[str, ...]) -> list[str]:
     """Files with one of ``endings`` directly in the input folder."""
     folder = folder_paths.get_input_directory()
@@ -94,13 +94,10 @@ def input_fingerprint(name: str) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}"
 
 
-def input_text(name: str) -> str:
-    """The text of a file in the input folder. Raises ValueError for a name outside it or more than 1 MiB."""
+def input_file(name: str) -> Path:
+    """A file in the input folder. Raises ValueError for a name outside it."""
     folder = folder_paths.get_input_directory()
     full = os.path.join(folder, name)
     if not folder_paths.is_within_directory(folder, full) or not os.path.isfile(full):
-        raise ValueError(f"{name}: there is no such file in the input folder")
-    if os.path.getsize(full) > MAX_TEXT:
-        raise ValueError(f"{name} is larger than 1 MiB; a prompt list is not")
-    with open(full, encoding="utf-8", errors="replace") as f:
-        return f.read()
+        raise ValueError(f"{shown(name)}: there is no such file in the input folder")
+    return Path(full)

@@ -5,18 +5,33 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from ..reading import textfile
+from ..reading.names import place
+
 LIST = Path(__file__).with_name("calibration.txt")
-MAX_LINES, MAX_LENGTH = 4096, 2000
+MAX_LINES, MAX_LENGTH, MAX_FILE = 4096, 2000, 2**24
 
 
-def lines(text: str) -> list[str]:
-    """The prompts of a text, one a line; blank lines and repeats are dropped. Raises ValueError over the caps."""
-    found = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
-    if len(found) > MAX_LINES:
-        raise ValueError(f"{len(found)} prompts are given; at most {MAX_LINES} are read")
-    for i, line in enumerate(found):
+def lines(text: str, name: str = "") -> list[str]:
+    """The prompts of a text, one a line; blank lines and repeats are dropped. Raises ValueError over the caps, with
+    the ``name`` of its file.
+    """
+    found: dict[str, None] = {}
+    for number, line in textfile.numbered(text):
         if len(line) > MAX_LENGTH:
-            raise ValueError(f"prompt {i + 1} has {len(line)} characters; at most {MAX_LENGTH} are allowed")
+            what = f"a prompt of {len(line)} characters; at most {MAX_LENGTH} are allowed"
+            raise ValueError(f"{place(name, number)}: {what}")
+        found[line] = None
+        if len(found) > MAX_LINES:
+            raise ValueError(f"{place(name, number)}: one prompt more than {MAX_LINES}, the most that are read")
+    return list(found)
+
+
+def read(path: Path) -> list[str]:
+    """The prompts of a text file. Raises ValueError when there is none, too."""
+    found = lines(textfile.read(path, MAX_FILE), path.name)
+    if not found:
+        raise ValueError(f"{place(path.name)}: there is no prompt in it")
     return found
 
 
@@ -26,5 +41,5 @@ def sample(count: int, seed: int, given: list[str] | None = None) -> list[str]:
 
     Drawn by hash, so a longer list or another Python version does not reshuffle the rest.
     """
-    prompts = lines(LIST.read_text(encoding="utf-8")) if given is None else given
+    prompts = read(LIST) if given is None else given
     return sorted(prompts, key=lambda p: hashlib.sha256(f"{seed}/{p}".encode()).digest())[:count]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
+from ..reading import textfile
 from . import draw, tokens
 from . import text as texts
 from .reader import DomainError
@@ -183,12 +184,12 @@ def parse_overrides(lines: str) -> dict[str, str]:
     if len(lines) > MAX_SUBJECT * 4:
         raise DomainError(f"the overrides have {len(lines)} characters; at most {MAX_SUBJECT * 4} are allowed")
     out: dict[str, str] = {}
-    for number, line in enumerate(lines.splitlines(), 1):
+    for number, line in textfile.numbered(lines):
         name, colon, value = (part.strip() for part in line.partition(":"))
         if not name or name.startswith("#"):
             continue
         if not colon:
-            raise DomainError(f"overrides, line {number}: {line.strip()[:60]!r} is not 'slot: choice'")
+            raise DomainError(f"overrides, line {number}: {line[:60]!r} is not 'slot: choice'")
         if name in out:
             raise DomainError(f"overrides, line {number}: slot {name[:40]!r} is there twice")
         out[name] = value

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from ..reading import textfile
+from ..reading.names import place, shown
 from . import text as texts
 
 MAX_FILE, MAX_DEPTH, MAX_NODES = 256 * 1024, 12, 20_000
@@ -62,38 +64,31 @@ def _refused(what: str, at) -> yaml.MarkedYAMLError:
 
 
 def read(path: Path) -> str:
-    """The text of ``path``, an ordinary file of at most `MAX_FILE` bytes of UTF-8. Raises DomainError."""
-    if not path.is_file():
-        raise DomainError(f"{path.name}: there is no such file")
-    with path.open("rb") as f:
-        data = f.read(MAX_FILE + 1)
-    if len(data) > MAX_FILE:
-        raise DomainError(f"{path.name}: larger than {MAX_FILE // 1024} KiB")
+    """The text of ``path``, an ordinary file of at most `MAX_FILE` bytes. Raises DomainError."""
     try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DomainError(f"{path.name}: not UTF-8 text at byte {e.start + 1}; save it as UTF-8") from None
+        content = textfile.read(path, MAX_FILE)
+    except ValueError as e:
+        raise DomainError(str(e)) from None
     hidden = texts.HIDDEN.search(content)
     if hidden:
-        line = content.count("\n", 0, hidden.start()) + 1
-        raise DomainError(f"{path.name}, line {line}: hidden character U+{ord(hidden[0]):04X}; delete it")
+        at = place(path.name, content.count("\n", 0, hidden.start()) + 1)
+        raise DomainError(f"{at}: hidden character U+{ord(hidden[0]):04X}; delete it")
     return content
 
 
-def parse(content: str, where: str):
-    """The data of a YAML text. Raises DomainError with ``where`` and the line."""
+def parse(content: str, where: str, first: int = 1):
+    """The data of a YAML text whose first line is the ``first``. Raises DomainError with ``where`` and the line."""
     if len(content) > MAX_FILE:
-        raise DomainError(f"{where}: larger than {MAX_FILE // 1024} KiB")
+        raise DomainError(f"{shown(where)}: larger than {MAX_FILE // 1024} KiB")
     try:
         return _Loader(content).get_single_data()
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None) or getattr(e, "context_mark", None)
         problem = getattr(e, "problem", None) or getattr(e, "reason", None) or "not YAML"
-        place = f", line {mark.line + 1}" if mark else ""
-        raise DomainError(f"{where}{place}: {' '.join(str(problem).split())}") from None
+        at = place(where, mark.line + first if mark else None)
+        raise DomainError(f"{at}: {' '.join(str(problem).split())}") from None
 
 
 def lines(path: Path) -> tuple[str, ...]:
-    """The entries of a wildcard list: one a line; empty lines and lines that start with # do not count."""
-    entries = (line.strip() for line in read(path).splitlines())
-    return tuple(line for line in entries if line and not line.startswith("#"))
+    """The entries of a wildcard list: one a line; lines that start with # do not count."""
+    return tuple(line for line in textfile.lines(read(path)) if not line.startswith("#"))

@@ -6,14 +6,13 @@ caption is cleaned as anything that a person types: one line, no hidden characte
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..reading import textfile
+from ..reading.names import shown
 from . import draw, reader, sets_words
 from .calibration import MAX_LENGTH
 from .spec import Domain
@@ -56,16 +55,9 @@ class Drawn:
     matching: int
 
 
-def _json(content: str):
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"it is not JSON ({str(e)[:80]})") from None
-
-
 def _coco(content: str) -> Iterator[Entry]:
     """{"annotations": [{"image_id", "caption"}, ...]}"""
-    data = _json(content)
+    data = textfile.value(content)
     rows = data.get("annotations") if isinstance(data, dict) else None
     if not isinstance(rows, list):
         raise ValueError('it has no list "annotations" as COCO Captions has')
@@ -76,7 +68,7 @@ def _coco(content: str) -> Iterator[Entry]:
 
 def _mjhq(content: str) -> Iterator[Entry]:
     """{picture: {"prompt", "category"}, ...}"""
-    data = _json(content)
+    data = textfile.value(content)
     if not isinstance(data, dict):
         raise ValueError("it is no mapping of pictures to prompts as MJHQ-30K's meta_data.json is")
     for key, row in data.items():
@@ -89,13 +81,15 @@ SPECIAL = re.compile(r"""^[-?:,\[\]{}#&*!|>'"%@`]|: |:$| #""")
 
 def _sdci(content: str) -> Iterator[Entry]:
     """YAML, ``picture: prompt``. Entries are read one by one: plain ones fast, others by the strict YAML reader."""
+    end = 0
     for entry in re.split(r"\n(?=[^\s#])", content):
+        first, end = end + 1, end + 1 + entry.count("\n")
         name, colon, value = entry.partition(":")
         words = " ".join(value.split())
         if not colon or name.startswith(("#", "---")):
             continue
         if SPECIAL.search(words) or name[:1] in "'\"":
-            data = reader.parse(entry, "sDCI")
+            data = reader.parse(entry, "sDCI", first)
             yield from (Entry(str(k), v) for k, v in data.items() if isinstance(v, str))
         elif words:
             yield Entry(name.strip(), words)
@@ -103,41 +97,34 @@ def _sdci(content: str) -> Iterator[Entry]:
 
 def _jsonl(content: str) -> Iterator[Entry]:
     """An object or a text on each line; the caption is in "prompt", "caption" or "text"."""
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = _json(line)
-        except ValueError as e:
-            raise ValueError(f"line {number}: {e}") from None
-        yield from _row(row if isinstance(row, dict) else {"text": row})
+    for number, row in textfile.values(content, ""):
+        if not isinstance(row, (dict, str)):
+            raise ValueError(f"line {number}: it is neither an object nor a text")
+        yield from _row(row if isinstance(row, dict) else {"text": row}, number)
 
 
 def _csv(content: str) -> Iterator[Entry]:
     """A first line with names; the caption is in the column prompt, caption or text."""
-    try:
-        rows = csv.DictReader(io.StringIO(content))
-        names = {(n or "").strip().lower() for n in rows.fieldnames or ()}
-        if not names & set(FIELDS):
+    for number, row in textfile.rows(content, ""):
+        if not row.keys() & set(FIELDS):
             raise ValueError(f"its first line names no column {', '.join(FIELDS)}")
-        for row in rows:
-            yield from _row({str(k).strip().lower(): v for k, v in row.items()})
-    except csv.Error as e:
-        raise ValueError(f"it is not CSV ({e})") from None
+        yield from _row(row, number)
 
 
-def _row(row: dict) -> Iterator[Entry]:
+def _row(row: dict, number: int) -> Iterator[Entry]:
     """One entry, or none where there is no caption; the first of a list of captions."""
-    value = next((row[f] for f in FIELDS if row.get(f)), None)
-    value = value[0] if isinstance(value, list) and value else value
+    value = next((row[f] for f in FIELDS if row.get(f) not in (None, "", [])), None)
+    value = value[0] if isinstance(value, list) else value
     if isinstance(value, str):
         key = next((row[k] for k in KEYS if row.get(k) not in (None, "")), value)
         yield Entry(str(key), value, str(row.get("category") or ""))
+    elif value is not None:
+        raise ValueError(f"line {number}: its caption is no text, but of type {type(value).__name__}")
 
 
 def _text(content: str) -> Iterator[Entry]:
     """One prompt a line; lines that start with # do not count."""
-    return (Entry(line, line) for line in content.splitlines() if not line.startswith("#"))
+    return (Entry(line, line) for _, line in textfile.numbered(content) if not line.startswith("#"))
 
 
 COCO = "https://cocodataset.org/#download"
@@ -157,6 +144,7 @@ FORMATS = {
 
 def missing(format: Format, name: str) -> str:
     """A sentence for a file that is not there."""
+    name = shown(name)
     if format.address:
         return f"input/{name} is not there. {format.id} is published at {format.address}; put the file into input/"
     return f"input/{name} is not there. {OWN} ({format.id}); put it into ComfyUI's input folder"
@@ -164,20 +152,17 @@ def missing(format: Format, name: str) -> str:
 
 def read(format: Format, path: Path) -> list[Entry]:
     """Every entry of a file. Raises ValueError in one sentence for a file over the cap or of another form."""
-    with path.open("rb") as f:
-        data = f.read(format.largest * MIB + 1)
-    if len(data) > format.largest * MIB:
-        raise ValueError(f"{path.name} is larger than {format.largest} MiB, the most that is read as {format.id}")
+    content, name = textfile.read(path, format.largest * MIB), shown(path.name)
     found: list[Entry] = []
     try:
-        for entry in format.read(data.decode("utf-8-sig", "replace")):
+        for entry in format.read(content):
             found.append(entry)
             if len(found) > MAX_PROMPTS:
                 raise ValueError(f"it has more than {MAX_PROMPTS} entries")
     except ValueError as e:
-        raise ValueError(f"{path.name} cannot be read as {format.id}: {e}. Choose another set or file") from None
+        raise ValueError(f"{name} cannot be read as {format.id}: {e}. Choose another set or file") from None
     if not found:
-        raise ValueError(f"{path.name} has no prompt that can be read as {format.id}. Choose another set or file")
+        raise ValueError(f"{name} has no prompt that can be read as {format.id}. Choose another set or file")
     return found
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import awq, nvfp4_lowrank, svdquant, weight_only
+from . import awq, core_low_rank, nvfp4_lowrank, svdquant, weight_only
 from . import rows as fused
 from .awq import AWQWeight
+from .core_low_rank import CoreLowRankWeight
 from .nvfp4_lowrank import NVFP4LowRankWeight
 from .svdquant import SVDQuantWeight
 from .weight_only import WeightOnly
@@ -68,12 +69,13 @@ class Parts:
 
 DENSE = {
     AWQWeight: awq.dequantize,
+    CoreLowRankWeight: core_low_rank.dequantize,
     NVFP4LowRankWeight: nvfp4_lowrank.dequantize,
     WeightOnly: weight_only.dequantize,
 }
 
 
-def dequantize(w: Plain | Parts, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(w: Plain | Parts | CoreLowRankWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The effective dense weight of any plain weight, (N, K), branch included. For ``dtype`` other than float32 it is
     made in the least memory, a few of its own rounding errors off.
     """
@@ -98,12 +100,14 @@ def shift(w: Plain | Parts) -> Tensor | None:
     return torch.cat(full) if w.axis == ROWS else sum(full)
 
 
-def take_rows(w: Plain | Parts, start: int, stop: int) -> Plain | Parts:
+def take_rows(w: Plain | Parts | CoreLowRankWeight, start: int, stop: int) -> Plain | CoreLowRankWeight:
     """Rows [start, stop) of any plain weight; raises ValueError for parts, which are joined last."""
     if isinstance(w, NVFP4LowRankWeight):
         return nvfp4_lowrank.rows(w, start, stop)
     if isinstance(w, WeightOnly):
         return weight_only.rows(w, start, stop)
+    if isinstance(w, CoreLowRankWeight):
+        return core_low_rank.rows(w, start, stop)
     if isinstance(w, Parts):
         raise ValueError("rows of a layer that is made of parts")
     return fused.rows(w, start, stop)

@@ -153,8 +153,14 @@ def _plain(qdata: Tensor, params) -> Plain | Parts:
 
 
 def unwrap(weight: QuantizedTensor) -> Plain | Parts:
-    """The plain tensors of a wrapped weight, as views. A LoRA's branch beside a single weight makes it `Parts`."""
-    return _plain(weight._qdata, weight._params)
+    """The plain tensors of a wrapped weight, as views. A LoRA's branch lengthens the one that a weight has of its own
+    (a copy); beside any other weight it makes it `Parts`.
+    """
+    w = _plain(weight._qdata, weight._params)
+    if isinstance(w, Parts) and len(w.parts) == 1 and isinstance(w.parts[0], NVFP4LowRankWeight):
+        own, names = w.parts[0], ("proj_down", "proj_up")  # both branches see the raw x
+        return dataclasses.replace(own, **{n: torch.cat([getattr(own, n), getattr(w, n)], 1) for n in names})
+    return w
 
 
 def part_linear(x: Tensor, w: Plain) -> Tensor:

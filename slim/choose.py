@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..reading import textfile
 from .table import ATTENTIONS, CONVOLUTIONS
 
 AS_IT_IS = "as it is"
@@ -93,15 +94,15 @@ def _said(place: Place, words: list[str]) -> Choice:
 
 def _lines(text: str) -> list[tuple[str, list[str]]]:
     """``block: word, word`` lines; empty ones and those that start with # do not count."""
-    lines = text.splitlines()
+    lines = list(textfile.numbered(text))
     if len(lines) > MAX_LINES:
         raise ValueError(f"blocks has {len(lines)} lines; at most {MAX_LINES} are read")
     out = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         name, colon, words = (part.strip() for part in line.partition(":"))
         if not name or name.startswith("#"):
             continue
         if not colon:
-            raise ValueError(f"blocks, line {number}: {line.strip()[:60]!r} is not 'input 1: skip'")
+            raise ValueError(f"blocks, line {number}: {line[:60]!r} is not 'input 1: skip'")
         out.append((" ".join(name.split()), [w.strip() for w in words.split(",") if w.strip()]))
     return out

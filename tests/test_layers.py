@@ -19,22 +19,24 @@ CORE = {
     "checkpoints",
     "quant",
     "demo",
+    "reading",
 }
 ALLOWED = {
     "": {"nodes"},
     "nodes": CORE,
     "headless": CORE,
-    "training": {"lora", "sampling", "quant"},
-    "lora": {"checkpoints.families", "checkpoints.header", "quant"},  # a LoRA is a file, too
+    "training": {"lora", "sampling", "quant", "reading"},
+    "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
     "checkpoints": {"quant"},
     "demo": {"metrics", "training", "adapters"},
-    "slim": {"quant"},  # its truncated singular value decomposition
+    "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
     "quant": set(),
-    "prompts": set(),
+    "prompts": {"reading"},
     "sampling": set(),
     "profiling": set(),
     "metrics": set(),
     "adapters": set(),
+    "reading": set(),
 }
 # Inside checkpoints/: formats know bytes, families know names, and neither knows the other.
 APART = (("checkpoints.formats", "checkpoints.families"), ("checkpoints.families", "checkpoints.formats"))

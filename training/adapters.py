@@ -55,7 +55,7 @@ def blocks(layer: nn.Module, dtype: torch.dtype, device: torch.device | str) -> 
         yield (there.dequantize() if isinstance(there, QuantizedTensor) else there).to(dtype)
         return
     whole = kernels.unwrap(weight.to(device=device))
-    if isinstance(whole, parts.Parts):
+    if isinstance(whole, parts.Parts | parts.CoreLowRankWeight):
         yield parts.dequantize(whole, dtype)
         return
     n, k = whole.shape

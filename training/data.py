@@ -1,17 +1,15 @@
 """A folder of pictures with captions as batches of latents.
 
 captions   ``<picture>.txt`` beside it; else its line in a .jsonl (``file_name``; ``text`` or ``caption``) or .csv (the
-           same columns) of the folder
+           same columns) of the folder, read by the rules of reading/textfile.py
 buckets    widths and heights, multiples of ``step``, of about ``side``^2 pixels, at most 2 : 1; each picture is scaled
            and cropped at its middle to the bucket of the nearest shape, and a batch comes from one bucket
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +18,12 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from ..reading import textfile
+from ..reading.names import place, shown
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-MAX_TEXT, MAX_TABLE = 2**16, 2**26
+MAX_TABLE = 2**26
 MAX_PIXELS = 2**26
 WIDEST = 2.0
 
@@ -49,62 +50,40 @@ def examples(folder: Path) -> list[Example]:
     has no caption.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder.name}: there is no such folder. Put pictures with captions into one")
+        raise ValueError(f"{shown(folder.name)}: there is no such folder. Put pictures with captions into one")
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
     if not files:
-        raise ValueError(f"{folder.name}: there are no pictures in it ({', '.join(ENDINGS)}). Put some there")
-    table = _tables(folder)
-    found = [Example(p, _caption(p, table)) for p in files]
+        raise ValueError(f"{shown(folder.name)}: there are no pictures in it ({', '.join(ENDINGS)}). Put some there")
+    beside = {p: p.with_suffix(".txt") for p in files if p.with_suffix(".txt").is_file()}
+    table = _tables(folder, {p.name for p in files if p not in beside})
+    found = [Example(p, textfile.caption_file(beside[p]) if p in beside else table.get(p.name, "")) for p in files]
     bare = [e.path.name for e in found if not e.caption]
     if bare:
+        first, text = shown(bare[0]), shown(Path(bare[0]).with_suffix(".txt"))
         raise ValueError(
-            f"{folder.name}: {len(bare)} of {len(found)} pictures have no caption, {bare[0]} first. Write it into "
-            f"{Path(bare[0]).with_suffix('.txt')} beside it, or into a .jsonl or .csv with file_name and text"
+            f"{shown(folder.name)}: {len(bare)} of {len(found)} pictures have no caption, {first} first. Write it into "
+            f"{text} beside it, or into a .jsonl or .csv with file_name and text"
         )
     return found
 
 
-def _caption(path: Path, table: dict[str, str]) -> str:
-    beside = path.with_suffix(".txt")
-    if beside.is_file():
-        with beside.open(encoding="utf-8", errors="replace") as f:
-            return " ".join(f.read(MAX_TEXT).split())
-    return " ".join(table.get(path.name, "").split())
-
-
-def _tables(folder: Path) -> dict[str, str]:
-    """file name -> caption from every .jsonl and .csv of the folder."""
-    out = {}
-    for path in sorted(folder.iterdir()):
-        rows = READERS.get(path.suffix.lower())
-        if rows is None or not path.is_file():
-            continue
-        if path.stat().st_size > MAX_TABLE:
-            raise ValueError(f"{path.name} is larger than 64 MiB; a caption list is not")
-        for row in rows(path):
-            name, text = row.get("file_name"), row.get("text") or row.get("caption")
-            if isinstance(name, str) and isinstance(text, str):
-                out[name] = text
+def _tables(folder: Path, wanted: set[str]) -> dict[str, str]:
+    """file name -> caption of the ``wanted`` ones, from every .jsonl and .csv of the folder."""
+    out: dict[str, str] = {}
+    tables = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in READERS and p.is_file()] if wanted else []
+    for path in tables:
+        for number, row in READERS[path.suffix.lower()](textfile.read(path, MAX_TABLE), path.name):
+            where = place(path.name, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: it is no object. Write file_name and text into one on each line")
+            name, text = row.get("file_name"), row.get("text")
+            text = row.get("caption") if text in (None, "") else text
+            if isinstance(name, str) and name in wanted and text is not None:
+                out[name] = textfile.caption(text, where)
     return out
 
 
-def _jsonl(path: Path) -> Iterator[dict]:
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise ValueError(f"{path.name}, line {number}: not JSON. Write one object a line") from e
-        if isinstance(row, dict):
-            yield row
-
-
-def _csv(path: Path) -> Iterable[dict]:
-    return list(csv.DictReader(path.read_text(encoding="utf-8-sig", errors="replace").splitlines()))
-
-
-READERS = {".jsonl": _jsonl, ".csv": _csv}
+READERS = {".jsonl": textfile.values, ".csv": textfile.rows}
 
 
 def buckets(side: int) -> list[tuple[int, int]]:

@@ -6,6 +6,9 @@
                      JSON: codec, out_features, in_features, block
     nibble_parts     JSON: axis "rows" | "columns", parts (a count); the parts are layers <layer>.parts.0, .1 ... of the
                      formats above or comfy_quant's; proj_down (K, r), proj_up (N, r) optional
+                     weight U8 (N, 0): no bytes, but ComfyUI knows a layer by this name only (LoRA, hooks, merges)
+    nibble_low_rank  a layer of a format without a branch, and one: JSON base, the JSON of that format; its tensors;
+                     proj_down (K, r), proj_up (N, r). For awq_w4a16, weight_only and ComfyUI's own (core_quant.py)
 
 Other readers refuse these by name, which is right: run as something else they would be wrong. Used by comfy_quant.py.
 """
@@ -21,7 +24,7 @@ from ...quant import nvfp4_lowrank
 from ...quant.nvfp4_lowrank import NVFP4LowRankWeight
 from ...quant.weight_only import BNB, WeightOnly
 
-NVFP4, WEIGHT_ONLY, PARTS = "svdquant_nvfp4", "weight_only", "nibble_parts"
+NVFP4, WEIGHT_ONLY, PARTS, LOW_RANK = "svdquant_nvfp4", "weight_only", "nibble_parts", "nibble_low_rank"
 SIDES = {
     NVFP4: ("weight_scale", "weight_channel_scale", "smooth_factor", "proj_down", "proj_up"),
     WEIGHT_ONLY: ("absmax", "quant_map"),

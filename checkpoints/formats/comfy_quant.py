@@ -4,51 +4,53 @@
                     weight_scale (K/64, N) | (N/128, K/64, 128) tile-packed
                     smooth_factor (K,)   proj_down (K, R)   proj_up (N, R) | (N/128, R, 128)   bias (N,) optional
                     JSON: act_unsigned (false), lowrank_branch_input_basis "raw" | "post_smoothing"
-    awq_w4a16       weight I8 (N, K/2)   weight_scale (K/64, N)   weight_zero (K/64, N)   bias optional
-                    proj_down (K, R), proj_up (N, R) optional (this pack's)
+    awq_w4a16       weight I8 (N, K/2)   weight_scale (K/g, N)   weight_zero (K/g, N)   bias optional
+                    JSON: group_size g, a multiple of 64; read as 64, each scale repeated
 
-comfy_more.py adds this pack's own. Other formats in the JSON belong to ComfyUI itself and are left for it; kitchen's
-own names of the parts (weight_smooth_factor ...) are read too. Source: Comfy-Org/ComfyUI PR 13580, comfy-quants.
+comfy_more.py adds this pack's own. ComfyUI's own formats (core_quant.py) are left for it, unless a low-rank branch of
+another pack lies beside one: ``svdq_l1`` (N, R) and ``svdq_l2`` (R, K), y + (x l2^T) l1^T. kitchen's own names of the
+parts (weight_smooth_factor, weight_zeros ...) are read too, and awq_w4a16 with proj_down, proj_up as this pack's 0.1.0
+wrote it. An empty comfy_quant marks nothing. Sources: Comfy-Org/ComfyUI PR 13580, comfy-quants, Krea-2-SVDQuant.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
 
 from ...quant import packing
-from ...quant.awq import AWQWeight
-from ...quant.parts import Parts, Plain
+from ...quant.awq import GROUP, AWQWeight
+from ...quant.core_low_rank import CoreLowRankWeight
+from ...quant.parts import ROWS, Parts, Plain
 from ...quant.svdquant import SVDQuantWeight
 from ..errors import CheckpointError
-from . import comfy_more
-from .stored import StoredLayer
+from . import comfy_more, core_quant
+from .stored import StoredLayer, encode_config
 
 SUFFIX = ".comfy_quant"
 TILED = "kitchen_tile_packed_w4a4"
-SVDQUANT, AWQ = "svdquant_w4a4", "awq_w4a16"
-OURS = (SVDQUANT, AWQ, *comfy_more.READ, comfy_more.PARTS)
+SVDQUANT, AWQ, LOW_RANK, PARTS = "svdquant_w4a4", "awq_w4a16", comfy_more.LOW_RANK, comfy_more.PARTS
+OURS = (SVDQUANT, AWQ, *comfy_more.READ, LOW_RANK, PARTS)
 # What ComfyUI reads by itself (0.33): these layers are none of our business.
-CORE = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
+CORE = tuple(core_quant.FORMATS)
 MAX_CONFIG = 65_536
+BRANCH = ("proj_down", "proj_up")
 SIDES = {
-    SVDQUANT: ("weight_scale", "smooth_factor", "proj_down", "proj_up"),
-    AWQ: ("weight_scale", "weight_zero", "proj_down", "proj_up"),
+    SVDQUANT: ("weight_scale", "smooth_factor", *BRANCH),
+    AWQ: ("weight_scale", "weight_zero", *BRANCH),
     **comfy_more.SIDES,
 }
-OPTIONAL = {SVDQUANT: (), AWQ: ("proj_down", "proj_up"), comfy_more.NVFP4: (), **comfy_more.OPTIONAL}
+OPTIONAL = {SVDQUANT: (), AWQ: BRANCH, comfy_more.NVFP4: (), **comfy_more.OPTIONAL}
 # name -> what kitchen's own state dicts call it
-KITCHEN = {"weight_zero": "weight_zeros"} | {n: f"weight_{n}" for n in ("smooth_factor", "proj_down", "proj_up")}
+KITCHEN = {"weight_zero": "weight_zeros"} | {n: f"weight_{n}" for n in ("smooth_factor", *BRANCH)}
+FOREIGN_UP, FOREIGN_DOWN = "svdq_l1", "svdq_l2"
 MAX_PARTS = 16
 CONVERT = "Write the file again with this pack's quantizer, or load it with the pack that made it"
-
-
-def encode_config(config: dict) -> Tensor:
-    """JSON as the (len,) uint8 tensor of the contract."""
-    return torch.tensor(list(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)
+AGAIN = "Download or write the file again"
+BAD = (ValueError, RuntimeError, IndexError, AttributeError, TypeError, KeyError)
 
 
 def decode_config(tensor: Tensor, file: str, layer: str) -> dict:
@@ -57,7 +59,7 @@ def decode_config(tensor: Tensor, file: str, layer: str) -> dict:
         raise CheckpointError(file, "its comfy_quant entry is not small uint8 JSON", CONVERT, layer)
     try:
         config = json.loads(bytes(tensor.cpu().flatten().tolist()))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(file, f"its comfy_quant entry is not JSON ({e})", CONVERT, layer) from e
     if not isinstance(config, dict) or not isinstance(config.get("format"), str):
         raise CheckpointError(file, "its comfy_quant entry names no format", CONVERT, layer)
@@ -66,33 +68,87 @@ def decode_config(tensor: Tensor, file: str, layer: str) -> dict:
 
 def detect(names: Mapping[str, object]) -> bool:
     """Whether any layer in ``names`` follows this contract."""
-    return any(n.endswith(SUFFIX) for n in names)
+    return any(n.endswith((SUFFIX, f".{FOREIGN_UP}", f".{FOREIGN_DOWN}")) for n in names)
 
 
-def read(tensors: MutableMapping[str, Tensor], file: str) -> dict[str, StoredLayer]:
-    """Takes every 4-bit layer of ours out of ``tensors`` (their comfy_quant, weight and sides; biases stay) and returns
-    them.
+def read(tensors: MutableMapping[str, Tensor], file: str, core: Collection[str] = CORE) -> dict[str, StoredLayer]:
+    """Takes every layer of ours out of ``tensors`` (their comfy_quant, weight and sides; biases stay) and returns them.
 
-    Layers in ComfyUI's own formats stay in ``tensors``. Raises CheckpointError naming the layer for an unknown format,
-    a missing tensor or a wrong shape.
+    Layers in the formats ``core``, which ComfyUI loads by itself, stay in ``tensors``. Raises CheckpointError naming
+    the layer for an unknown format, a missing tensor or a wrong shape.
     """
     found, whole = {}, {}
     for key in [k for k in tensors if k.endswith(SUFFIX)]:
         layer = key.removesuffix(SUFFIX)
+        if not tensors[key].numel():
+            del tensors[key]
+            continue
         config = decode_config(tensors[key], file, layer)
-        if config["format"] == comfy_more.PARTS:
+        if config["format"] == PARTS:
             whole[layer] = config
             del tensors[key]
         elif config["format"] in OURS:
             del tensors[key]
             found[layer] = _read_layer(tensors, layer, config, file)
-        elif config["format"] not in CORE:
-            known = ", ".join(OURS + CORE)
+        elif _foreign_branch(tensors, layer, config, file):
+            del tensors[key]
+            found[layer] = StoredLayer(_beside(tensors, layer, config, file), form=LOW_RANK)
+        elif config["format"] not in core:
+            known = ", ".join([*OURS, *core])
             what = f"format {config['format']!r} is unknown to this version, which reads {known}"
             raise CheckpointError(file, what, "Update this pack, or load the file with the pack that made it", layer)
+    lost = next((n for n in tensors if n.endswith((f".{FOREIGN_UP}", f".{FOREIGN_DOWN}"))), None)
+    if lost is not None:
+        what = "a low-rank branch lies beside it, and nothing says in which format the layer is"
+        raise CheckpointError(file, what, CONVERT, lost.rpartition(".")[0])
     for layer, config in whole.items():
         found[layer] = _read_parts(tensors, found, layer, config, file)
     return found
+
+
+def take_core(tensors: MutableMapping[str, Tensor], file: str) -> dict[str, core_quant.StoredCore]:
+    """Takes the layers that `read` leaves for ComfyUI out of ``tensors``, for whoever runs them without it. Raises
+    CheckpointError for a format that is not ComfyUI's of 0.33.
+    """
+    out = {}
+    for key in [k for k in tensors if k.endswith(SUFFIX)]:
+        layer = key.removesuffix(SUFFIX)
+        config = decode_config(tensors.pop(key), file, layer)
+        if config["format"] not in CORE:
+            raise CheckpointError(file, f"only ComfyUI runs its format {config['format']!r}", "Use it there", layer)
+        out[layer] = core_quant.take(tensors, layer, config)
+    return out
+
+
+def _foreign_branch(tensors: Mapping[str, Tensor], layer: str, config: dict, file: str) -> bool:
+    """Whether another pack has put a branch beside a layer of ComfyUI's formats. Raises CheckpointError for half a
+    branch, or none where the JSON promises one.
+    """
+    there = [f"{layer}.{n}" in tensors for n in (FOREIGN_UP, FOREIGN_DOWN)]
+    if any(there) != all(there) or (config.get("svdquant") is True and not any(there)):
+        raise CheckpointError(file, "its low-rank branch is not whole (svdq_l1, svdq_l2)", AGAIN, layer)
+    if any(there) and config["format"] not in CORE:
+        what = f"a low-rank branch lies beside a layer in the format {config['format']!r}"
+        raise CheckpointError(file, what, CONVERT, layer)
+    return any(there)
+
+
+def _beside(tensors: MutableMapping[str, Tensor], layer: str, config: dict, file: str) -> CoreLowRankWeight:
+    """A layer of ComfyUI's formats with its branch, under either spelling of the branch."""
+    row = core_quant.FORMATS[config["format"]]
+    names = ("weight", *(n for n, _ in row.parts.values()), *core_quant.EXTRAS, *BRANCH, FOREIGN_UP, FOREIGN_DOWN)
+    parts = {n: tensors.pop(f"{layer}.{n}") for n in names if f"{layer}.{n}" in tensors}
+    if FOREIGN_UP not in parts and not all(n in parts for n in BRANCH):
+        raise CheckpointError(file, f"{LOW_RANK} needs {' and '.join(BRANCH)}", CONVERT, layer)
+    try:
+        up = parts.pop(FOREIGN_UP) if FOREIGN_UP in parts else parts.pop("proj_up")
+        down = parts.pop(FOREIGN_DOWN).t().contiguous() if FOREIGN_DOWN in parts else parts.pop("proj_down")
+        extras = {n: parts.pop(n, None) for n in core_quant.EXTRAS}
+        base = core_quant.build(config, parts, (up.shape[0], down.shape[0]), up.dtype)
+        full = bool(config.get(core_quant.FULL_PRECISION, False))
+        return CoreLowRankWeight(base, down, up, **extras, full_precision=full)
+    except BAD as e:
+        raise CheckpointError(file, str(e), CONVERT, layer) from e
 
 
 def _read_parts(tensors: MutableMapping[str, Tensor], found: dict, layer: str, config: dict, file: str) -> StoredLayer:
@@ -103,14 +159,17 @@ def _read_parts(tensors: MutableMapping[str, Tensor], found: dict, layer: str, c
     if gone or not names:
         what = f"its part {gone} is not there" if gone else f"it says that it has {str(count)[:20]} parts"
         raise CheckpointError(file, what, CONVERT, layer)
-    branch = [tensors.pop(f"{layer}.{n}", None) for n in ("proj_down", "proj_up")]
+    tensors.pop(f"{layer}.weight", None)
+    branch = [tensors.pop(f"{layer}.{n}", None) for n in BRANCH]
     try:
         return StoredLayer(Parts(tuple(found.pop(n).weight for n in names), str(config.get("axis")), *branch))
-    except (ValueError, RuntimeError, IndexError, AttributeError, TypeError) as e:
+    except BAD as e:
         raise CheckpointError(file, str(e), CONVERT, layer) from e
 
 
 def _read_layer(tensors: MutableMapping[str, Tensor], layer: str, config: dict, file: str) -> StoredLayer:
+    if config["format"] == LOW_RANK:
+        return _read_low_rank(tensors, layer, config, file)
     fmt = config["format"]
     parts = {}
     for name in ("weight", *SIDES[fmt]):
@@ -129,12 +188,39 @@ def _read_layer(tensors: MutableMapping[str, Tensor], layer: str, config: dict, 
         if fmt in comfy_more.READ:
             return StoredLayer(comfy_more.READ[fmt](weight, parts, config))
         if fmt == AWQ:
-            return StoredLayer(
-                AWQWeight(weight, parts["weight_scale"], parts["weight_zero"], parts["proj_down"], parts["proj_up"])
-            )
+            return StoredLayer(_awq(weight, parts))
         return StoredLayer(_svdquant(weight, parts, config, tiled), tiled)
-    except (ValueError, RuntimeError, IndexError, AttributeError, TypeError) as e:
+    except BAD as e:
         raise CheckpointError(file, str(e), CONVERT, layer) from e
+
+
+def _read_low_rank(tensors: MutableMapping[str, Tensor], layer: str, config: dict, file: str) -> StoredLayer:
+    """A layer of a format that has no branch, and its branch."""
+    base = config.get("base")
+    fmt = base.get("format") if isinstance(base, dict) else None
+    if fmt in CORE:
+        return StoredLayer(_beside(tensors, layer, base, file))
+    if fmt not in (AWQ, comfy_more.WEIGHT_ONLY):
+        raise CheckpointError(file, f"its branch lies beside the format {str(fmt)[:40]!r}", CONVERT, layer)
+    branch = [tensors.pop(f"{layer}.{n}", None) for n in BRANCH]
+    if any(b is None for b in branch):
+        raise CheckpointError(file, f"{LOW_RANK} needs {' and '.join(BRANCH)}", CONVERT, layer)
+    stored = _read_layer(tensors, layer, base, file).weight
+    try:
+        if isinstance(stored, AWQWeight):
+            return StoredLayer(AWQWeight(stored.qweight, stored.wscales, stored.wzeros, *branch))
+        return StoredLayer(Parts((stored,), ROWS, *branch))
+    except BAD as e:
+        raise CheckpointError(file, str(e), CONVERT, layer) from e
+
+
+def _awq(weight: Tensor, parts: dict) -> AWQWeight:
+    """Groups of 128 and more are groups of 64 that share their scale and zero."""
+    scale, zero = parts["weight_scale"], parts["weight_zero"]
+    groups = weight.shape[1] * 2 // GROUP
+    if scale.dim() == 2 and 0 < scale.shape[0] < groups and groups % scale.shape[0] == 0:
+        scale, zero = (t.repeat_interleave(groups // t.shape[0], 0) for t in (scale, zero))
+    return AWQWeight(weight, scale, zero, parts["proj_down"], parts["proj_up"])
 
 
 def _svdquant(weight: Tensor, parts: dict, config: dict, tiled: bool) -> SVDQuantWeight:
@@ -162,35 +248,59 @@ def config(fmt: str, act_unsigned: bool = False, tiled: bool = False) -> dict:
     return {**out, "layout": TILED} if tiled else out
 
 
-def write(layer: str, weight: Plain | Parts, tiled: bool = False) -> dict[str, Tensor]:
+def write(layer: str, weight: Plain | Parts | CoreLowRankWeight, tiled: bool = False) -> dict[str, Tensor]:
     """The tensors of one layer under ``layer`` in this contract, without bias. ``tiled`` asks for tile-packed
     svdquant_w4a4.
     """
-    if isinstance(weight, Parts):
+    if isinstance(weight, Parts) and len(weight.parts) > 1:
         return _write_parts(layer, weight)
-    if type(weight) in comfy_more.WRITE:
-        entry, parts = comfy_more.WRITE[type(weight)](weight)
-        parts["comfy_quant"] = encode_config(entry)
-    elif isinstance(weight, AWQWeight):
-        parts = {"weight": weight.qweight, "weight_scale": weight.wscales, "weight_zero": weight.wzeros}
-        if weight.proj_down is not None:
-            parts |= {"proj_down": weight.proj_down, "proj_up": weight.proj_up}
-        parts["comfy_quant"] = encode_config(config(AWQ))
-    else:
-        qweight, scale, up = weight.qweight, weight.wscales, weight.proj_up
-        if tiled:
-            qweight, scale, up = packing.tile_weight(qweight), packing.tile_scales(scale), packing.tile_up(up)
-        parts = {"weight": qweight, "weight_scale": scale, "smooth_factor": weight.smooth_factor}
-        parts |= {"proj_down": weight.proj_down, "proj_up": up}
-        parts["comfy_quant"] = encode_config(config(SVDQUANT, weight.act_unsigned, tiled))
+    entry, parts = _entry(weight, tiled)
+    parts["comfy_quant"] = encode_config(entry)
     return {f"{layer}.{name}": t.contiguous() for name, t in parts.items()}
 
 
+def _entry(weight: Plain | Parts | CoreLowRankWeight, tiled: bool = False) -> tuple[dict, dict[str, Tensor]]:
+    """(JSON, name -> tensor) of a layer that is one weight."""
+    if isinstance(weight, Parts):
+        return _with_branch(weight.parts[0], weight)
+    if isinstance(weight, CoreLowRankWeight):
+        return _core_entry(weight)
+    if type(weight) in comfy_more.WRITE:
+        return comfy_more.WRITE[type(weight)](weight)
+    if isinstance(weight, AWQWeight):
+        if weight.proj_down is not None:
+            return _with_branch(AWQWeight(weight.qweight, weight.wscales, weight.wzeros), weight)
+        return config(AWQ), {"weight": weight.qweight, "weight_scale": weight.wscales, "weight_zero": weight.wzeros}
+    qweight, scale, up = weight.qweight, weight.wscales, weight.proj_up
+    if tiled:
+        qweight, scale, up = packing.tile_weight(qweight), packing.tile_scales(scale), packing.tile_up(up)
+    parts = {"weight": qweight, "weight_scale": scale, "smooth_factor": weight.smooth_factor}
+    return config(SVDQUANT, weight.act_unsigned, tiled), parts | {"proj_down": weight.proj_down, "proj_up": up}
+
+
+def _with_branch(base: Plain, whole) -> tuple[dict, dict[str, Tensor]]:
+    """A weight without a branch of its own, and the branch of ``whole`` where that has one."""
+    entry, parts = _entry(base)
+    if whole.proj_down is None:
+        return entry, parts
+    return {"format": LOW_RANK, "base": entry}, parts | {n: getattr(whole, n) for n in BRANCH}
+
+
+def _core_entry(weight: CoreLowRankWeight) -> tuple[dict, dict[str, Tensor]]:
+    entry = core_quant.config_of(weight.base)
+    if weight.full_precision:
+        entry[core_quant.FULL_PRECISION] = True
+    parts = core_quant.parts_of(weight.base)
+    parts |= {n: t for n in core_quant.EXTRAS if (t := getattr(weight, n)) is not None}
+    return {"format": LOW_RANK, "base": entry}, parts | {n: getattr(weight, n) for n in BRANCH}
+
+
 def _write_parts(layer: str, weight: Parts) -> dict[str, Tensor]:
-    out = {}
+    out = {f"{layer}.weight": torch.empty(weight.shape[0], 0, dtype=torch.uint8)}
     for i, part in enumerate(weight.parts):
         out |= write(f"{layer}.parts.{i}", part)
     if weight.proj_down is not None:
-        out |= {f"{layer}.proj_down": weight.proj_down.contiguous(), f"{layer}.proj_up": weight.proj_up.contiguous()}
-    config = {"format": comfy_more.PARTS, "axis": weight.axis, "parts": len(weight.parts)}
-    return out | {f"{layer}.comfy_quant": encode_config(config)}
+        out |= {f"{layer}.{n}": getattr(weight, n).contiguous() for n in BRANCH}
+    n, k = weight.shape
+    entry = {"format": PARTS, "axis": weight.axis, "parts": len(weight.parts), "out_features": n, "in_features": k}
+    return out | {f"{layer}.comfy_quant": encode_config(entry)}

@@ -1,9 +1,14 @@
-"""What every format hands out for one layer."""
+"""What every format hands out for one layer, and the JSON that ComfyUI's contract keeps beside it."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from ...quant.core_low_rank import CoreLowRankWeight
 from ...quant.parts import Parts, Plain
 
 
@@ -14,6 +19,11 @@ class StoredLayer:
     ``form``: the row of the formats' table that it came from.
     """
 
-    weight: Plain | Parts
+    weight: Plain | Parts | CoreLowRankWeight
     tiled: bool = False
     form: str = "comfy_quant"
+
+
+def encode_config(config: dict) -> Tensor:
+    """JSON as the (len,) uint8 tensor of the contract."""
+    return torch.tensor(list(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)

@@ -10,17 +10,20 @@ from collections.abc import Mapping
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
+import comfy.ops
 import comfy.utils
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints.convert import stored_layer
 from ...checkpoints.formats.comfy_quant import StoredLayer
+from ...checkpoints.load import parse
+from ...quant import kernels
 from ...quant.awq import AWQWeight
 from ...quant.calib.engine import Layer
 from ...quant.svdquant import SVDQuantWeight
 from .load import wrapped
-from .operations import operations
+from .operations import FourBitLinear, operations
 from .patcher import claim
 
 PREFIX = "diffusion_model."
@@ -31,21 +34,31 @@ def weight_of(model, name: str) -> torch.Tensor | None:
     where a patch was applied. None where the model has no such tensor.
     """
     key = PREFIX + name
-    if key in model.backup:
-        value = model.backup[key].weight
-    else:
-        try:
-            value = comfy.utils.get_attr(model.model, key)
-        except AttributeError:
-            return None
-    if value is None:
+    layer, value = attribute(model.model, key.rpartition(".")[0]), attribute(model.model, key)
+    value = model.backup[key].weight if key in model.backup else value
+    if not isinstance(value, torch.Tensor):
         return None
     if isinstance(value, QuantizedTensor):
-        value = value.dequantize()
+        value = _effective(layer, value)
     if key not in model.patches:
         return value.detach()
     merged = value.detach().to(torch.float32, copy=True)
     return comfy.lora.calculate_weight(model.patches[key], merged, key)
+
+
+def attribute(model, key: str):
+    try:
+        return comfy.utils.get_attr(model, key)
+    except AttributeError:
+        return None
+
+
+def _effective(layer, weight: QuantizedTensor) -> torch.Tensor:
+    """The (N, K) matrix that a quantized ``weight`` of ``layer`` stands for, in its logical dtype. A layer that scales
+    its input first (ModelOpt's nvfp4) stands for the product of both.
+    """
+    dense, scale = kernels.dense(weight), getattr(layer, "pre_quant_scale", None)
+    return (dense if scale is None else dense * scale.to(dense)).to(weight.dtype)
 
 
 def patched_layers(model) -> set[str]:
@@ -54,7 +67,8 @@ def patched_layers(model) -> set[str]:
 
 
 def dense_state(model, without: set[str]) -> dict[str, torch.Tensor]:
-    """The diffusion model's tensors, patches merged, except every tensor of the layers ``without``.
+    """The diffusion model's entries, patches merged, except every entry of the layers ``without``. What is no weight
+    (an attention's settings, a counter) stays as it is.
 
     A layer in a format of ComfyUI's own stays in it unless a patch changes it; then it becomes 16-bit.
     """
@@ -67,11 +81,11 @@ def dense_state(model, without: set[str]) -> dict[str, torch.Tensor]:
         quantized = f"{layer}.comfy_quant" in state
         if quantized and layer in patched and end not in ("weight", "bias"):
             continue
-        if quantized and layer not in patched:
-            out[name] = value.detach()
+        merged = None if quantized and layer not in patched else weight_of(model, name)
+        if merged is None or not merged.is_floating_point():
+            out[name] = value.detach() if isinstance(value, torch.Tensor) else value  # opaque: passed on as it is
         else:
-            merged = weight_of(model, name)
-            out[name] = value.detach() if merged is None else merged.to(_kept_dtype(value))
+            out[name] = merged.to(_kept_dtype(value))
     return out
 
 
@@ -116,3 +130,41 @@ def assemble(model, state: dict[str, torch.Tensor], disable_dynamic: bool = Fals
     patcher.attachments = dict(model.attachments)
     patcher.cached_patcher_init = (assemble, (model, state))
     return claim(patcher)
+
+
+COMPILED = "torch.compile"  # ComfyUI's key of the wrapper that TorchCompileModel adds
+TWIN = "_nibble_twin"  # on a BaseModel of ComfyUI's layers: the same weights in this pack's
+
+
+def with_branches(model):
+    """``model``, or, where it has quantized layers of ComfyUI's own class, a clone of it on this pack's layers, which
+    take a LoRA as a branch: ComfyUI would merge it and round again, or raises where it cannot quantize to the format.
+
+    The clone shares the weights' memory, patches and options with ``model``. Models of other packs stay as they are,
+    and those in which another node has put modules of its own. Raises ValueError for a compiled one, whose code is
+    bound to the layers that it has.
+    """
+    if type(model) not in (comfy.model_patcher.ModelPatcher, comfy.model_patcher.ModelPatcherDynamic):
+        return model
+    base = model.model
+    if not hasattr(base, "diffusion_model") or not any(map(_is_theirs, base.diffusion_model.modules())):
+        return model
+    if any(COMPILED in keys for keys in model.wrappers.values()):
+        raise ValueError("This model is compiled, and a LoRA on it needs other layers. Put TorchCompileModel after it")
+    if any(name.startswith("diffusion_model") for name in model.object_patches):
+        return model
+    held = base.__dict__.get(TWIN)  # in a tuple, for it is no part of the module
+    if held is None:
+        comfy.model_management.unload_model_and_clones(model)  # else what is read may hold another clone's LoRA
+        state = dict(base.diffusion_model.state_dict())
+        checkpoint = parse(state, None, "the connected model", core=tuple(comfy.ops.QUANT_ALGOS))
+        held = (assemble(model, checkpoint.dense | wrapped(checkpoint.layers), not model.is_dynamic()),)
+        base.__dict__[TWIN] = held
+    return claim(model.clone(model_override=held[0].get_clone_model_override()))
+
+
+def _is_theirs(module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, QuantizedTensor) and hasattr(module, "in_features") and not isinstance(module, FourBitLinear)
+    )

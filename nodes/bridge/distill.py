@@ -18,6 +18,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints import resume
 from ...checkpoints.save import record, save
+from ...reading import textfile
 from ...sampling.presets import of_family
 from ...training import distill as core
 from ...training import lora, paths
@@ -86,7 +87,7 @@ def prompts(clip, text: str, negative: str, positive, negative_cond) -> tuple:
     """The (positive, negative) conditionings that a node was given, either way. Raises ValueError for none."""
     if positive is not None:
         return split(positive, negative_cond)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = textfile.lines(text)
     if clip is None or not lines:
         raise ValueError("Connect CLIP and write prompts, one a line, or connect positive")
     return encode(clip, lines, negative)

@@ -26,7 +26,7 @@ from .operations import operations
 
 FOLDERS = ("diffusion_models", "checkpoints")
 HERE = "this one"
-FOUR_BIT = {*SCHEMES, *kernels.OURS.values()}
+FOUR_BIT = {*SCHEMES, *kernels.OURS.values(), kernels.LOW_RANK}
 TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 VAE = ("first_stage_model.", "vae.")
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -153,7 +153,7 @@ def from_model(patcher) -> Subject:
             shapes[name] = (n, k)
             side = sum(tensors[t].nbytes for t in tensors if t.rpartition(".")[0] == name and not t.endswith(
                 (".bias", weights.DESCRIPTION)))  # fmt: skip
-            layers[name] = (n, k, side, kernels.OURS.get(getattr(m.weight, "_layout_cls", ""), weights.KEEP))
+            layers[name] = (n, k, side, kernels.format_of(getattr(m.weight, "_layout_cls", None)) or weights.KEEP)
     plans = plan(shapes, family.rules, 0)
     w = weights.split(tensors, layers, plans, name="the connected model", family=family.title)
     return Subject(w, base, family.id, base.get_dtype_inference())

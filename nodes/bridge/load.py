@@ -1,21 +1,25 @@
-"""Loads 4-bit checkpoints as ComfyUI's own model classes: an ordinary MODEL, no wrapper around it.
+"""Loads quantized checkpoints as ComfyUI's own model classes: an ordinary MODEL, no wrapper around it.
 
-Each 4-bit layer becomes one QuantizedTensor under ``<layer>.weight`` before ComfyUI looks at the file, so its
-detection, parameter counts and device placement see the logical model.
+Each layer in a format of this pack becomes one QuantizedTensor under ``<layer>.weight`` before ComfyUI looks at the
+file, so its detection, parameter counts and device placement see the logical model. Layers in ComfyUI's own formats,
+however a file marks them (each layer, its metadata, the old ``scaled_fp8``), go to ComfyUI's loader as it would see
+them itself, so that they give the same output. A file without any is ComfyUI's to load.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_management
+import comfy.ops
 import comfy.sd
 import comfy.utils
 import torch
+from torch import Tensor
 
 from ...checkpoints import load as checkpoints
 from ...checkpoints.errors import CheckpointError
@@ -24,12 +28,13 @@ from ...checkpoints.formats.stored import StoredLayer
 from ...checkpoints.load import Checkpoint, parse
 from ...quant import kernels
 from . import demo_unet, selfcheck
-from .operations import operations
+from .operations import NO_MEANING, operations
 from .patcher import claim
 
 log = logging.getLogger(__name__)
 OTHER_LOADER = "Use the loader of the pack that made it, or ComfyUI's own"
 WHOLE = "Download or write the file again"
+OLD_MARK = "scaled_fp8"  # of fp8 files before ComfyUI 0.3.76
 
 
 def read(path: str) -> Checkpoint:
@@ -41,28 +46,44 @@ def read(path: str) -> Checkpoint:
         return checkpoints.load(path)
     name = Path(path).name
     tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    return parse(tensors, metadata, name)
+    return parse(_newly_marked(tensors, metadata), metadata, name, core=tuple(comfy.ops.QUANT_ALGOS))
 
 
-def wrapped(layers: dict[str, StoredLayer]) -> dict[str, torch.Tensor]:
-    """ComfyUI's view of 4-bit layers, which leave ``layers``: one logical (N, K) weight each, and the mark of mixed
-    layers.
+def _newly_marked(tensors: MutableMapping[str, Tensor], metadata) -> MutableMapping[str, Tensor]:
+    """``tensors`` of an old scaled-fp8 diffusion model as ComfyUI rewrites them, each layer with its own mark. (Text
+    encoders it rewrites while it loads them.)
     """
-    out: dict[str, torch.Tensor] = {}
+    if metadata and "_quantization_metadata" in metadata:
+        return tensors
+    for prefix in {"", comfy.model_detection.unet_prefix_from_state_dict(tensors)}:
+        if prefix + OLD_MARK in tensors:
+            tensors, _ = comfy.utils.convert_old_quants(tensors, prefix, metadata={})
+    return tensors
+
+
+def wrapped(layers: dict[str, StoredLayer]) -> dict[str, Tensor]:
+    """ComfyUI's view of this pack's layers, which leave ``layers``: one logical (N, K) weight each, and the mark of
+    mixed layers.
+    """
+    out: dict[str, Tensor] = {}
     for layer in list(layers):
         stored = layers.pop(layer)
         weight = kernels.wrap(stored.weight, tiled=stored.tiled)
-        fmt = kernels.OURS[weight._layout_cls]
         out[f"{layer}.weight"] = weight
-        out[f"{layer}.comfy_quant"] = comfy_quant.encode_config(comfy_quant.config(fmt))
+        out[f"{layer}.comfy_quant"] = comfy_quant.encode_config({"format": kernels.format_of(weight._layout_cls)})
     return out
 
 
+def _is_quantized(sd: dict[str, Tensor], prefix: str = "") -> bool:
+    """Whether any layer of the model under ``prefix`` is quantized, in a format of this pack's or ComfyUI's."""
+    return any(n.startswith(prefix) and n.endswith(comfy_quant.SUFFIX) for n in sd)
+
+
 def diffusion_model(path: str, disable_dynamic: bool = False):
-    """A ModelPatcher for the diffusion model in ``path``, 4-bit or not. Raises CheckpointError."""
+    """A ModelPatcher for the diffusion model in ``path``, quantized or not. Raises CheckpointError."""
     checkpoint = read(path)
-    quantized = bool(checkpoint.layers or comfy_quant.detect(checkpoint.dense))
     sd = _without_prefix({**checkpoint.dense, **wrapped(checkpoint.layers)})
+    quantized = _is_quantized(sd)
     if demo_unet.is_demo(sd):
         model = demo_unet.build(sd, operations if quantized else None, disable_dynamic)
     elif not quantized and not checkpoints.needs_reader(path):
@@ -80,14 +101,20 @@ def diffusion_model(path: str, disable_dynamic: bool = False):
 
 
 def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
-    """(model, clip, vae) of a checkpoint whose diffusion model is 4-bit or not. Raises CheckpointError."""
+    """(model, clip, vae) of a checkpoint whose diffusion model is quantized or not. Raises CheckpointError."""
     checkpoint = read(path)
     sd = {**checkpoint.dense, **wrapped(checkpoint.layers)}
     prefix = comfy.model_detection.unet_prefix_from_state_dict(sd)
-    options = model_options(sd, prefix, checkpoint.name)
-    out = _named(checkpoint, lambda: comfy.sd.load_state_dict_guess_config(
-        sd, output_vae=True, output_clip=True, embedding_directory=embeddings, model_options=options,
-        metadata=checkpoint.metadata, disable_dynamic=disable_dynamic))  # fmt: skip
+    quantized = _is_quantized(sd, prefix)
+    if quantized or checkpoints.needs_reader(path):
+        options = model_options(sd, prefix, checkpoint.name) if quantized else {}
+        out = _named(checkpoint, lambda: comfy.sd.load_state_dict_guess_config(
+            sd, output_vae=True, output_clip=True, embedding_directory=embeddings, model_options=options,
+            metadata=checkpoint.metadata, disable_dynamic=disable_dynamic))  # fmt: skip
+    else:
+        out = comfy.sd.load_checkpoint_guess_config(
+            path, output_vae=True, output_clip=True, embedding_directory=embeddings, disable_dynamic=disable_dynamic
+        )
     if out is None or out[0] is None:
         raise _unknown(checkpoint.name)
     model, clip, vae = out[:3]
@@ -99,7 +126,7 @@ def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
     return claim(model), clip, vae
 
 
-def model_options(sd: dict[str, torch.Tensor], prefix: str, name: str) -> dict:
+def model_options(sd: dict[str, Tensor], prefix: str, name: str) -> dict:
     """ComfyUI's model_options for a state dict with wrapped layers: our operations, and the dense layers' own dtype."""
     config = _named_config(sd, prefix, name)
     device = comfy.model_management.get_torch_device()
@@ -108,10 +135,10 @@ def model_options(sd: dict[str, torch.Tensor], prefix: str, name: str) -> dict:
     chosen = comfy.model_management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(sd, prefix), supported_dtypes=list(dtypes)
     )
-    dense = comfy.utils.weight_dtype(
-        {k: v for k, v in sd.items() if v.is_floating_point() and not kernels.is_ours(v)}, prefix
-    )
-    keep = dense in (torch.float16, torch.bfloat16) and dense.itemsize < chosen.itemsize
+    plain = {k: v for k, v in sd.items() if k.startswith(prefix) and v.is_floating_point() and not kernels.is_ours(v)}
+    dense = comfy.utils.weight_dtype(plain, prefix)
+    widest = max((v.dtype.itemsize for v in plain.values()), default=0)
+    keep = dense in (torch.float16, torch.bfloat16) and widest <= dense.itemsize < chosen.itemsize
     return {"custom_operations": operations(compute), "dtype": dense if keep else chosen}
 
 
@@ -135,15 +162,20 @@ def _named_config(sd, prefix: str, name: str):
 
 
 def _named(checkpoint: Checkpoint, call: Callable):
-    """Runs a ComfyUI loader and turns its size-mismatch report into one sentence about one layer."""
+    """Runs a ComfyUI loader and turns its list of layers that do not fit into one sentence about the first."""
     try:
         return call()
     except RuntimeError as e:
-        bad = re.search(r"size mismatch for (\S+?)\.(weight|bias)\b:? (.*)", str(e))
-        if bad is None:
+        text = str(e)
+        size = re.search(r"size mismatch for (\S+?)\.(weight|bias)\b:? (.*)", text)
+        if size is not None:
+            what = f"its {size[2]} does not fit the model ({size[3].strip()})"
+            raise CheckpointError(checkpoint.name, what, WHOLE, size[1]) from e
+        codes = re.search(rf"(\S+)\.weight {NO_MEANING}", text)
+        if codes is None:
             raise
-        what = f"its {bad[2]} does not fit the model ({bad[3].strip()})"
-        raise CheckpointError(checkpoint.name, what, WHOLE, bad[1]) from e
+        what = f"its weight {codes[0].partition(' ')[2]}"
+        raise CheckpointError(checkpoint.name, what, "Take the model's own file, or write it again", codes[1]) from e
 
 
 def _unknown(name: str) -> CheckpointError:

@@ -12,10 +12,11 @@ from ...checkpoints import header
 from ...lora import peft
 from ...lora.names import MODEL, TEXT
 from ...lora.report import APPLIED, KeyReport, listed
-from ...quant import kernels
 from . import patches as p
 from . import selfcheck
+from .build import attribute, with_branches
 from .lora_match import Match, Vocabulary, match, report, vocabulary
+from .operations import FourBitLinear
 
 AGAIN = "Train or download it again"
 OTHER = "Choose a LoRA made for this model, or look at Inspect LoRA (Nibble)"
@@ -38,6 +39,7 @@ def apply(choices: Iterable[Choice], model, clip=None):
     Raises ValueError for a file that holds NaN, or of which no key is for what is connected.
     """
     selfcheck.require()
+    model = None if model is None else with_branches(model)
     names = vocabulary(model, clip)
     texts = []
     for choice in sorted(choices, key=lambda c: (c.name, c.strength_model, c.strength_clip)):
@@ -102,21 +104,36 @@ def _notes(found: Match, names: Vocabulary, choice: Choice) -> tuple[str, ...]:
     ):
         if strength == 0 and there is not None and found.patches[part]:
             out.append(f"strength 0: the {part} stays as it is")
-    grown, dense, bytes_grown, bytes_dense = 0, 0, 0, 0
-    for key, pending in _by_layer(found.patches[MODEL]).items():
-        weight = comfy.utils.get_attr(names.model.model, key)
-        if kernels.is_ours(weight) and choice.strength_model != 0:
-            n, k = weight.shape
-            low_rank = p.factors(pending, (n, k))
-            if low_rank is None:
-                dense, bytes_dense = dense + 1, bytes_dense + 2 * n * k - kernels.nbytes(weight)
-            else:
-                grown, bytes_grown = grown + 1, bytes_grown + 2 * low_rank[0].shape[1] * (n + k)
+    return (*out, *(_held(names.model, found, choice.strength_model) if names.model is not None else ()))
+
+
+def _held(model, found: Match, strength: float) -> tuple[str, ...]:
+    """What the LoRA becomes in the quantized layers of ``model``, in layers and bytes, together with the LoRAs that it
+    has already.
+    """
+    grown, dense, rounded, bytes_grown, bytes_dense = 0, 0, 0, 0, 0
+    for key, added in _by_layer(found.patches[MODEL]).items():
+        layer = attribute(model.model, key.rpartition(".")[0])
+        if strength == 0 or not key.endswith(".weight") or not getattr(layer, "layout_type", None):
+            continue
+        if not isinstance(layer, FourBitLinear):
+            rounded += 1
+            continue
+        before = p.live(model.patches.get(key, ()))
+        size = [model.added_bytes(key, layer, some) for some in (before, [*before, *added])]
+        if p.rank_of([*before, *added], tuple(layer._orig_shape)) is None:
+            dense, bytes_dense = dense + 1, bytes_dense + size[1] - size[0]
+        else:
+            grown, bytes_grown = grown + 1, bytes_grown + size[1] - size[0]
+    out = []
     if grown:
-        out.append(f"{grown} 4-bit layers take it into their low-rank branch: {bytes_grown / 2**20:.1f} MiB more")
+        out.append(f"{grown} quantized layers take it into their low-rank branch: {bytes_grown / 2**20:.1f} MiB more")
     if dense:
-        why = "this kind has no low-rank form that is smaller"
-        out.append(f"{dense} 4-bit layers become 16-bit while it is on: {bytes_dense / 2**20:.1f} MiB more ({why})")
+        why = "this kind, or one below it, has no low-rank form that is smaller"
+        out.append(f"{dense} quantized layers become 16-bit while it is on: {bytes_dense / 2**20:.1f} MiB more ({why})")
+    if rounded:
+        why = "it is merged into them and rounded again. Load the file with Load 4-bit Model to keep it exact"
+        out.append(f"{rounded} quantized layers are not this pack's: {why}")
     return tuple(out)
 
 

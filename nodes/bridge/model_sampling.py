@@ -21,7 +21,6 @@ from ...sampling.guidance import omega_bias
 from ...sampling.preset import Preset
 from ...sampling.samplers import sample_perflow, sample_tcd
 from ...sampling.schedules import TRAIN, Plan
-from .operations import dense
 
 FLUX_SHIFTS = (1.15, 0.5)  # FLUX.1's at 4096 and at 256 tokens; the model's authors' values
 TIME_LAYER = "diffusion_model.time_embed.0"
@@ -201,7 +200,7 @@ def lcm_guidance(model, path: str, scale: float):
         raise ValueError("this model has no time_embed layer: LCM guidance is for SD 1.5, SD 2 and SDXL UNets")
     weight = time_embed[0].weight
     if isinstance(weight, QuantizedTensor):
-        weight = dense(weight) if kernels.is_ours(weight) else weight.dequantize()
+        weight = kernels.dense(weight)
     weight = comfy.lora.calculate_weight(model.patches.get(key, []), weight.detach().float().clone(), key)
     bias = omega_bias(scale, guidance_projection(path), weight)
     m = model.clone()

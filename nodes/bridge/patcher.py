@@ -1,14 +1,16 @@
-"""ComfyUI's model patcher for models with 4-bit layers: every stock LoRA, hook, merge and save node works on them.
+"""ComfyUI's model patcher for models with quantized layers: every stock LoRA, hook, merge and save node works on them.
 
-A LoRA lengthens the low-rank branch of a layer (patches.py); its 4-bit codes stay the same tensor. ComfyUI's own
-bookkeeping (backups, clones, uuids, partial loading) is untouched: the unpatched weight goes into ``backup`` as always.
-`claim` gives an already loaded patcher its new class, so ComfyUI's loaders build the model.
+A LoRA lengthens the low-rank branch of a layer (patches.py), whose codes stay the same tensor; a layer in one of
+ComfyUI's own formats gets a branch first. ComfyUI's own bookkeeping (backups, clones, uuids, partial loading) is
+untouched: the unpatched weight goes into ``backup`` as always. `claim` gives an already loaded patcher its new class,
+so ComfyUI's loaders build the model.
 
 What is different from ComfyUI's own class, and why:
     patch_weight_to_device        ComfyUI would dequantize, add and quantize again
     get_key_patches               ComfyUI reads every state-dict key as an attribute; ours has keys that are none
     hook functions                ComfyUI copies into the weight in place; a longer branch has another size
     model_state_dict_for_saving   ComfyUI writes a not yet loaded layer without the patched branch
+    model_size, load              ComfyUI counts the bytes of unpatched weights
     load (dynamic VRAM)           the weight must keep its size there: the LoRA stands beside it
 """
 
@@ -16,8 +18,10 @@ from __future__ import annotations
 
 import logging
 from collections import namedtuple
+from collections.abc import Iterator
 
 import comfy.hooks
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import (
@@ -32,15 +36,17 @@ from ...lora.read import finite
 from ...lora.report import listed
 from ...quant import kernels
 from . import patches as p
-from .operations import stored
+from .operations import FourBitLinear, stored
 
 log = logging.getLogger(__name__)
 Backup = namedtuple("Dimension", ["weight", "inplace_update"])  # what ComfyUI keeps
 OTHER_MODEL = "most of its layers have another shape than this model's. Use a LoRA made for this model"
+FUSED_ACTIVATION = "TensorWiseINT8Layout"  # ComfyUI multiplies by these past their layer's forward
 
 
 def claim(patcher):
-    """``patcher`` itself, as this pack's class when its model has 4-bit layers. A class of another pack is left alone.
+    """``patcher`` itself, as this pack's class when its model has quantized layers of this pack's operations. A class
+    of another pack is left alone.
 
     (Instances are re-classed rather than made: ComfyUI's loaders and its ``clone`` choose classes by themselves.)
     """
@@ -51,8 +57,20 @@ def claim(patcher):
 
 
 def _is_layer(module) -> bool:
-    """Whether ``module`` is a 4-bit layer, also while a dense weight stands in for it."""
-    return getattr(module, "layout_type", None) in kernels.OURS
+    """Whether ``module`` is a quantized layer, also while a dense weight stands in for it."""
+    return isinstance(module, FourBitLinear) and module.is_quantized
+
+
+def _layer_of(model, key: str):
+    """The quantized layer whose weight ``key`` names, or None."""
+    name, _, end = key.rpartition(".")
+    if end != "weight":
+        return None
+    try:
+        module = comfy.utils.get_attr(model, name)
+    except AttributeError:
+        return None
+    return module if _is_layer(module) else None
 
 
 class BiasPatch(LowVramPatch):
@@ -72,16 +90,24 @@ class _FourBit:
     """What the static and the dynamic patcher share."""
 
     def clone(self, *args, **kwargs):
-        return claim(super().clone(*args, **kwargs))
+        out = claim(super().clone(*args, **kwargs))
+        out.size = self.size  # ComfyUI hands over `model_size`, which counts this patcher's LoRAs
+        return out
+
+    def layers(self) -> Iterator[tuple[str, FourBitLinear]]:
+        """(key of its weight, layer) of every quantized layer."""
+        return ((f"{n}.weight", m) for n, m in self.model.named_modules() if _is_layer(m))
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
-        weight = get_key_weight(self.model, key)[0]
-        if not kernels.is_ours(weight):
+        layer = _layer_of(self.model, key)
+        if layer is None or not kernels.is_quantized(layer.weight):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        weight = layer.weight
         pending = p.live(self.patches.get(key, ()))
         if not pending and not force_cast:
             return weight
-        out = p.patched(weight if device_to is None else weight.to(device=device_to), pending, key)
+        moved = weight if device_to is None else weight.to(device=device_to)
+        out = p.patched(layer.whole(moved), pending, key) if pending else moved
         if return_weight:
             return out
         if key not in self.backup:
@@ -90,7 +116,7 @@ class _FourBit:
         return None
 
     def _install(self, key: str, weight) -> None:
-        if kernels.is_ours(weight):
+        if kernels.is_quantized(weight):
             comfy.utils.set_attr_param(self.model, key, weight)
         else:  # the layer notes the shift that a dense weight needs
             comfy.utils.get_attr(self.model, key.rpartition(".")[0]).set_weight(weight)
@@ -102,6 +128,8 @@ class _FourBit:
                 weight, _, convert = get_key_weight(self.model, key)
             except AttributeError:
                 continue  # a part of a quantized weight (scales, branch): it goes with its ".weight"
+            if not isinstance(weight, torch.Tensor):
+                continue  # what a module keeps beside its weights (an attention's settings) is nobody's to merge
             if key in self.backup:
                 weight = self.backup[key].weight
             if key in self.hook_backup:
@@ -140,9 +168,21 @@ class _FourBit:
             log.warning("A LoRA changed nothing: this model has none of its keys. Inspect LoRA (Nibble) says why.")
         return fit
 
+    def model_size(self):
+        """Bytes of the model as this patcher loads it, with what its LoRAs add."""
+        grown = sum(kernels.nbytes(m.weight) - m.stored_bytes for _, m in self.layers())
+        if self.size <= 0:
+            self.size = comfy.model_management.module_size(self.model) - grown
+        return self.size + sum(self.added_bytes(key, m, self.patches.get(key, ())) for key, m in self.layers())
+
+    def added_bytes(self, key: str, layer: FourBitLinear, patches) -> int:
+        """Bytes that ``patches`` add to a layer as it was loaded."""
+        weight = self.backup[key].weight if key in self.backup else layer.weight
+        return p.growth(weight, layer.stored_bytes, patches) if kernels.is_quantized(weight) else 0
+
     def model_state_dict_for_saving(self, model=None, prefix=""):
         named = (self.model if model is None else model).named_modules()
-        waiting = {n: m for n, m in named if _is_layer(m) and kernels.is_ours(m.weight) and not _loaded(m)}
+        waiting = {n: m for n, m in named if _is_layer(m) and kernels.is_quantized(m.weight) and not _loaded(m)}
         for module in waiting.values():
             module.comfy_patched_weights = True  # ComfyUI's own lazy pieces cannot hold integers, and know no branch
         try:
@@ -159,12 +199,12 @@ class _FourBit:
         key = f"{prefix}{name}.weight"
         pending = p.live(self.patches.get(key, ()))
         bias = self.patch_weight_to_device(f"{prefix}{name}.bias", return_weight=True)
-        if not pending or p.factors(pending, tuple(module.weight.shape)) is not None:
-            weight = p.patched(module.weight, pending, key)
-            out.update({f"{name}.{part}": t for part, t in stored(weight, module.quant_format).items()})
-        else:
-            for part in stored(module.weight, module.quant_format):
-                out.pop(f"{name}.{part}", None)
+        for part in [part for part in out if pending and part.startswith(f"{name}.")]:
+            del out[part]
+        if pending and p.rank_of(pending, tuple(module.weight.shape)) is not None:
+            weight = p.patched(module.whole(), pending, key)
+            out.update({f"{name}.{part}": t for part, t in stored(weight).items()})
+        elif pending:
             template = torch.empty(1, dtype=module.weight.dtype).expand(module._orig_shape)
             out[f"{name}.weight"] = LazyDense(self, key, template)
             bias = module.convert_bias(bias)
@@ -184,11 +224,17 @@ class _FourBit:
 
 
 class NibblePatcher(_FourBit, ModelPatcher):
-    """ComfyUI's static patcher (CPU, ``--disable-dynamic-vram``, hooks) for 4-bit models."""
+    """ComfyUI's static patcher (CPU, ``--disable-dynamic-vram``, hooks) for models with quantized layers."""
 
-    def load(self, *args, **kwargs):
-        out = super().load(*args, **kwargs)
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        before = set(self.backup)
+        out = super().load(device_to, lowvram_model_memory, force_patch_weights, full_load)
         self._patch_biases()
+        if not full_load:  # a whole load is counted by `model_size`
+            new = ((key, m) for key, m in self.layers() if key in self.backup and key not in before)
+            self.model.model_loaded_weight_memory += sum(
+                self.added_bytes(key, m, self.patches.get(key, ())) for key, m in new
+            )
         return out
 
     def partially_unload(self, *args, **kwargs):
@@ -197,10 +243,11 @@ class NibblePatcher(_FourBit, ModelPatcher):
         return out
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
-        weight = _weight_at(self.model, key)
-        if key not in combined_patches or not kernels.is_ours(weight):
+        layer = _layer_of(self.model, key)
+        if key not in combined_patches or layer is None or not kernels.is_quantized(layer.weight):
             return super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
-        out = p.patched(weight, combined_patches[key], key, original_weights)
+        weight = layer.weight
+        out = p.patched(layer.whole(), combined_patches[key], key, original_weights)
         del original_weights[key]
         self.hook_backup.setdefault(key, (weight, weight.device))
         self._install(key, out)
@@ -210,7 +257,7 @@ class NibblePatcher(_FourBit, ModelPatcher):
 
     def patch_cached_hook_weights(self, cached_weights, key, memory_counter):
         weight, cached = _weight_at(self.model, key), cached_weights[key][0]
-        if not kernels.is_ours(weight) and not kernels.is_ours(self.hook_backup.get(key, (None,))[0]):
+        if _layer_of(self.model, key) is None:
             return super().patch_cached_hook_weights(cached_weights, key, memory_counter)
         self.hook_backup.setdefault(key, (weight, weight.device))
         self._install(key, cached.to(device=cached_weights[key][1]))
@@ -220,7 +267,7 @@ class NibblePatcher(_FourBit, ModelPatcher):
         with self.use_ejected():
             for key in list(self.hook_backup):
                 weight, device = self.hook_backup[key]
-                if kernels.is_ours(weight) and (not whitelist_keys_set or key in whitelist_keys_set):
+                if kernels.is_quantized(weight) and (not whitelist_keys_set or key in whitelist_keys_set):
                     comfy.utils.set_attr_param(self.model, key, weight.to(device=device))
                     self.hook_backup.pop(key)
             super().unpatch_hooks(whitelist_keys_set)
@@ -236,9 +283,8 @@ class NibblePatcherDynamic(_FourBit, ModelPatcherDynamic):
 
     def load(self, device_to=None, *args, **kwargs):
         super().load(device_to, *args, **kwargs)
-        for name, module in self.model.named_modules():
-            if _is_layer(module):
-                self._stand_beside(f"{name}.weight", module, device_to)
+        for key, module in self.layers():
+            self._stand_beside(key, module, device_to)
         self._patch_biases()
 
     def _stand_beside(self, key: str, module, device) -> None:
@@ -247,17 +293,19 @@ class NibblePatcherDynamic(_FourBit, ModelPatcherDynamic):
         if patch is None or key in self.backup:  # in backup: small, and already patched in place
             return
         pending = p.live(self.patches.get(key, ()))
-        low_rank = p.factors(pending, tuple(module.weight.shape)) if pending else None
+        fused = module.weight._layout_cls == FUSED_ACTIVATION
+        low_rank = p.factors(pending, tuple(module.weight.shape)) if pending and not fused else None
         if low_rank is not None:
-            module.lora = tuple(t.to(device=device, dtype=module.weight.dtype).contiguous() for t in low_rank)
+            dtype = kernels.side_dtype(module.whole())
+            module.lora = tuple(t.to(device=device, dtype=dtype).contiguous() for t in low_rank)
             self.model.model_loaded_weight_memory += sum(t.numel() * t.element_size() for t in module.lora)
         elif pending:
             module.weight_function = [patch, *module.weight_function]
 
     def restore_loaded_backups(self):
         freed = super().restore_loaded_backups()
-        for module in self.model.modules():
-            if _is_layer(module) and module.lora is not None:
+        for _, module in self.layers():
+            if module.lora is not None:
                 module.lora = tuple(t.to(device=self.offload_device) for t in module.lora)
         return freed
 
@@ -283,6 +331,7 @@ def _loaded(module) -> bool:
 def _weight_at(model, key: str):
     """The tensor at ``key``, or None when no layer has it."""
     try:
-        return comfy.utils.get_attr(model, key)
+        value = comfy.utils.get_attr(model, key)
     except AttributeError:
         return None
+    return value if isinstance(value, torch.Tensor) else None

@@ -1,7 +1,8 @@
-"""ComfyUI's weight patches on one 4-bit weight: a longer low-rank branch, or, where there is none, the exact dense one.
+"""ComfyUI's weight patches on one quantized weight: a longer low-rank branch, or, where there is none, the exact dense
+one.
 
-A patch is ComfyUI's tuple (strength, value, strength of the model, offset, function). The 4-bit codes are shared with
-the unpatched weight and never rounded again. No state is kept but on ComfyUI's own patch objects (`on_the_fly`).
+A patch is ComfyUI's tuple (strength, value, strength of the model, offset, function). The codes are shared with the
+unpatched weight and never rounded again. No state is kept but on ComfyUI's own patch objects (`on_the_fly`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RANK_STEP = 16
 
 
 def dense(weight: QuantizedTensor) -> Tensor:
-    """The effective (N, K) float32 weight of a 4-bit one. Cheaper and exacter than kitchen's identity-matrix way."""
+    """The effective (N, K) float32 weight of a quantized one; kitchen's own way, an identity matrix, is less exact."""
     return kernels.dense(weight)
 
 
@@ -82,6 +83,40 @@ def _always(value) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and (value[0] == "set" or len(value[1]) > 1)
 
 
+def _term(patch: tuple, shape: tuple[int, int]) -> Weights | None:
+    """The update of a patch that is a low-rank sum on a weight of ``shape``; None for any other."""
+    _, value, strength_model, offset, function = patch
+    weights = plain(value) if strength_model == 1.0 else None
+    if weights is None or not stays_low_rank(weights):
+        return None
+    if function not in (None, comfy.utils.swap_scale_shift) or (offset is not None and offset[0] not in (0, 1)):
+        return None
+    n, k = shape
+    if offset is not None:
+        n, k = (offset[2], k) if offset[0] == 0 else (n, offset[2])
+    return weights if weights.shape == (n, k) else None
+
+
+def rank_of(patches: Sequence[tuple], shape: tuple[int, int]) -> int | None:
+    """By how much ``patches`` lengthen the branch of a weight of ``shape``; None when it becomes dense."""
+    terms = [_term(patch, shape) for patch in patches]
+    return None if any(t is None for t in terms) else sum(t.rank for t in terms)
+
+
+def growth(weight: QuantizedTensor, stored: int, patches: Sequence[tuple]) -> int:
+    """Bytes by which ``patches`` make a weight larger than the ``stored`` ones it was loaded with."""
+    pending = live(patches)
+    if not pending:
+        return 0
+    (n, k), rank = weight.shape, rank_of(pending, tuple(weight.shape))
+    if rank is None:
+        return n * k * weight.dtype.itemsize - stored
+    here = getattr(weight._params, "proj_down", None)
+    here = 0 if here is None else here.shape[1]
+    side = kernels.side_dtype(weight).itemsize
+    return (_padded(here + rank) - here) * (n + k) * side
+
+
 def factors(patches: Sequence[tuple], shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
     """(down (K, r), up (N, r)) float32 that ``patches`` add to a weight of ``shape``; None when they are no such sum.
 
@@ -89,16 +124,10 @@ def factors(patches: Sequence[tuple], shape: tuple[int, int]) -> tuple[Tensor, T
     the order of the LoRAs does not even change rounding (which 4-bit activations would make visible).
     """
     parts = []
-    for strength, value, strength_model, offset, function in patches:
-        weights = plain(value) if strength_model == 1.0 else None
-        if weights is None or not stays_low_rank(weights):
-            return None
-        if function not in (None, comfy.utils.swap_scale_shift) or (offset is not None and offset[0] not in (0, 1)):
-            return None
-        n, k = shape
-        if offset is not None:
-            n, k = (offset[2], k) if offset[0] == 0 else (n, offset[2])
-        if weights.shape != (n, k):
+    for patch in patches:
+        strength, _, _, offset, function = patch
+        weights = _term(patch, shape)
+        if weights is None:
             return None
         down, up = weights.scaled(strength)
         rows = offset[1:3] if offset is not None and offset[0] == 0 else None
@@ -116,16 +145,20 @@ def _order(part: tuple[Tensor, Tensor]) -> tuple:
     return down.shape[1], float(up.abs().sum()), float(down.abs().sum()), down[:4].flatten().tolist()
 
 
+def _padded(rank: int) -> int:
+    return -(-rank // RANK_STEP) * RANK_STEP
+
+
 def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
     """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
     here = getattr(weight._params, "proj_down", None)
     rank = (0 if here is None else here.shape[1]) + down.shape[1]
-    pad = (0, -rank % RANK_STEP)
+    pad = (0, _padded(rank) - rank)
     return kernels.extend(weight, torch.nn.functional.pad(down, pad), torch.nn.functional.pad(up, pad))
 
 
 def patched(weight: QuantizedTensor, patches: Sequence[tuple], key: str, original: dict | None = None) -> Tensor:
-    """``weight`` with ``patches``: 4-bit when they all fit into the low-rank branch, else dense in the weight's dtype.
+    """``weight`` with ``patches``: quantized when they all fit into the branch, else dense in the weight's dtype.
 
     Without a patch that changes anything it is ``weight`` itself. ``original``: ComfyUI's original_weights.
     """
@@ -167,7 +200,7 @@ def _remembered(holder, pending: Sequence[tuple], weight: QuantizedTensor) -> tu
     """
     if not hasattr(holder, "nibble_factors"):
         low_rank = factors(pending, tuple(weight.shape))
-        dtype = weight._params.scale.dtype
+        dtype = kernels.side_dtype(weight)
         holder.nibble_factors = None if low_rank is None else tuple(t.to(dtype) for t in low_rank)
     return holder.nibble_factors
 

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 
 from ...checkpoints import header
+from ...reading import textfile
 
 NONE = "none"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -89,11 +90,7 @@ def of_folder(choice: str) -> Pictures:
     files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file())
     if files:
         texts = [p.with_suffix(".txt") for p in files]
-        captions = (
-            tuple(t.read_text(encoding="utf-8", errors="replace").strip() for t in texts)
-            if all(map(Path.is_file, texts))
-            else ()
-        )
+        captions = tuple(map(textfile.caption_file, texts)) if all(map(Path.is_file, texts)) else ()
         return Pictures(tuple(p.name for p in files), files=tuple(files), captions=captions)
     stored = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors" and p.is_file())
     if not stored:

@@ -15,6 +15,7 @@ from ...prompts import bake, batch, expand, graph, record, schema
 from ...prompts import domain as domains
 from ...prompts.reader import DomainError
 from ...prompts.spec import AUTO, PROSE, SIDES, TAGS, Domain
+from ...reading import textfile
 from .. import files
 
 FOLDER, OWN, ENDING = "nibble_domains", "user/", ".yaml"
@@ -89,7 +90,7 @@ def many(choice: str, subjects: str, count: int, seed: int, style: str, override
     domain, given = find(choice), expand.parse_overrides(overrides)
     if len(subjects) > 1 << 20:
         raise DomainError(f"the subjects have {len(subjects)} characters; at most {1 << 20} are allowed")
-    lines = [line for line in (part.strip() for part in subjects.splitlines()) if line]
+    lines = textfile.lines(subjects)
     if count == 0:
         return batch.every(domain, lines, style, given)
     return batch.unique(domain, count, seed, style, lines, given)

@@ -9,6 +9,7 @@ import comfy.utils
 from comfy.cli_args import args
 
 from ...checkpoints import save
+from ...checkpoints.formats import comfy_quant
 
 PREFIX = "model.diffusion_model."
 
@@ -20,9 +21,9 @@ def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -
     comfy.model_management.load_models_gpu([model])
     sd = model.state_dict_for_saving()
     tensors = {k.removeprefix(PREFIX): v.to("cpu") for k, v in sd.items()}
-    named = model.model.diffusion_model.named_modules()
     # A patch without a low-rank form (DoRA, merges) leaves a dense layer, which has no such entry.
-    schemes = sorted({m.quant_format for n, m in named if f"{n}.comfy_quant" in tensors})
+    entries = {k.removesuffix(comfy_quant.SUFFIX): v for k, v in tensors.items() if k.endswith(comfy_quant.SUFFIX)}
+    schemes = sorted({comfy_quant.decode_config(v, path, n)["format"] for n, v in entries.items() if v.numel()})
     info = save.record(scheme=" + ".join(schemes) or "16-bit", saved_from="a workflow")
     info |= dict(getattr(model, "attachments", {}).get("nibble_record", {}))
     if not args.disable_metadata:

@@ -12,6 +12,7 @@ from server import PromptServer
 
 from ...metrics import features, optional
 from ...metrics.table import Scores, mean
+from ...reading import textfile
 from .. import files
 from . import clip as encoders
 from . import pictures, records
@@ -86,7 +87,7 @@ def _pictures(batch, folder: str, name: str, missing: str) -> Pictures:
 
 def _prompts(given: Given, subject: Pictures) -> list[str]:
     """One prompt a picture: from the text, a line each or one for all; else the folder's captions."""
-    lines = [line.strip() for line in given.prompts.splitlines() if line.strip()] or list(subject.captions)
+    lines = textfile.lines(given.prompts) or list(subject.captions)
     if lines and len(lines) not in (1, len(subject)):
         raise ValueError(f"{len(lines)} prompts for {len(subject)} pictures: write one line for all, or one for each")
     return lines * len(subject) if len(lines) == 1 else lines

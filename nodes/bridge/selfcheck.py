@@ -24,7 +24,8 @@ def missing() -> list[str]:
 
     patcher = comfy.model_patcher.ModelPatcher
     wanted = (
-        (comfy.ops, "mixed_precision_ops", ("quant_config", "compute_dtype", "disabled")),
+        (comfy.ops, "mixed_precision_ops", ("compute_dtype", "disabled")),
+        (comfy.ops, "QUANT_ALGOS", ()),
         (comfy.ops, "CastBiasWeightContext", ()),
         (comfy.ops, "run_every_op", ()),
         (comfy.sd, "load_diffusion_model_state_dict", ("sd", "model_options", "metadata", "disable_dynamic")),

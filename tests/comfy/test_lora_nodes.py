@@ -78,7 +78,7 @@ def test_report_counts_every_key_once(server, kit):
     assert "of another shape than the layer: lora_unet_double_blocks_0_txt_attn_proj.lora_" in report
     assert "(made for 256 x 128, the layer has 256 x 256)" in report
     assert "without the other half: diffusion_model.single_blocks.0.linear1.lora_down.weight (no up)" in report
-    assert "6 4-bit layers take it into their low-rank branch" in report
+    assert "6 quantized layers take it into their low-rank branch" in report
     both = {"n": node("NibbleLoraReport", lora_name="half.safetensors"), "p": node("PreviewAny", source=["n", 1])}
     found = server.done(both)
     assert "**half.safetensors**: looks like a LoRA for FLUX.1" in found.text("n")
@@ -122,9 +122,9 @@ def test_kinds_and_bytes_are_said(server, kit):
     _, name, layers = kit.models("flux")
     report = server.done(applied(name, kit.kind("said-dora.safetensors", layers, "dora"))).text("show")
     assert "looks like a LoRA for FLUX.1; 13 lora, rank 4" in report
-    assert "13 4-bit layers become 16-bit while it is on: " in report and "low-rank branch" not in report
+    assert "13 quantized layers become 16-bit while it is on: " in report and "low-rank branch" not in report
     report = server.done(applied(name, kit.kind("said-loha.safetensors", layers, "loha"))).text("show")
-    assert "13 loha" in report and "13 4-bit layers take it into their low-rank branch" in report
+    assert "13 loha" in report and "13 quantized layers take it into their low-rank branch" in report
 
 
 def test_a_peft_folder_has_its_own_alpha(server, kit):

@@ -138,6 +138,7 @@ def test_what_cannot_be_scored_is_said(server, sets, pictures):
 def test_scores_through_comfyui_are_those_of_transformers(inside, tmp_path):
     """The same tiny CLIP in both; ComfyUI keeps text encoders in 16 bits, hence the tolerance."""
     found = inside("profiling_clip", tmp_path)
+    assert found["captions"] == ["café crème"] * 2
     assert found["clip_t"] == pytest.approx(found["oracle_t"], abs=1e-3)
     assert found["one_prompt"] == pytest.approx(found["oracle_one"], abs=1e-3)
     assert found["clip_i"] == pytest.approx(found["oracle_i"], abs=1e-4)

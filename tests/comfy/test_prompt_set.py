@@ -64,9 +64,39 @@ def test_names_outside_the_input_folder_are_not_read(name, server, folder):
     assert "is not there. It is a file of your own (text)" in said
 
 
+WORDS = ["a café — “crème brûlée”", "l’été"]  # noqa: RUF001 - as word processors write
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "utf-8-sig"])
+def test_a_file_gives_the_same_prompts_whatever_wrote_it(encoding, server, folder):
+    """Prompt Set and Calibration Prompts, on one file with the line ends of Windows."""
+    name = f"sets-{encoding}.txt"
+    (server.base / "input" / name).write_bytes("\r\n".join(WORDS).encode(encoding))
+    given = {"source": name, "count": 2, "seed": 0}
+    nodes = graph(file=name) | {
+        "prompts": {"class_type": "NibbleCalibrationPrompts", "inputs": given},
+        "text": {"class_type": "PreviewAny", "inputs": {"source": ["prompts", 0]}},
+    }
+    result = server.done(nodes)
+    assert sorted(result.text("text").split("\n")) == sorted(result.text("calibration").split("\n")) == WORDS
+
+
+def test_a_list_that_is_no_text_or_empty_is_refused(server):
+    for name, data, words in (
+        ("sets-zip.txt", b"PK\x03\x04\0\0", "sets-zip.txt, line 1: this is no text"),
+        ("sets-empty.txt", b"\r\n", "sets-empty.txt: there is no prompt in it"),
+    ):
+        (server.base / "input" / name).write_bytes(data)
+        nodes = {
+            "prompts": {"class_type": "NibbleCalibrationPrompts", "inputs": {"source": name, "count": 2, "seed": 0}},
+            "text": {"class_type": "PreviewAny", "inputs": {"source": ["prompts", 0]}},
+        }
+        assert words in server.run(nodes).error
+
+
 def test_what_is_wrong_is_said_in_one_sentence(server, folder):
     assert (
-        "mine.txt cannot be read as MJHQ-30K: it is not JSON"
+        "mine.txt cannot be read as MJHQ-30K: line 1: it is not JSON"
         in server.run(graph(set="MJHQ-30K", file="sets/mine.txt")).error
     )
     said = server.run(graph(file="sets/mine.txt", words="cat")).error

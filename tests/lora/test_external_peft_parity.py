@@ -131,7 +131,8 @@ def test_patterns_are_names_and_never_expressions():
         ('{"lora_alpha": 1, "alpha_pattern": {"a": -Infinity}}', "its alpha and rank are not numbers"),
         ('{"lora_alpha": 1, "r": Infinity}', "its alpha and rank are not numbers"),
         ("[" * 100_000, "is not JSON"),
-        (b'{"lora_alpha": "\xff"}', "is not JSON"),
+        (b'{"lora_alpha": "\xff"}', "its alpha and rank are not numbers"),  # Windows-1252
+        (b'{"lora_alpha": "\x00"}', "no text, it has the control character"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_named(text, message, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from comfyui_nibble.prompts import bake, batch, domain, expand, graph, reader, record, schema, text, tokens
 from comfyui_nibble.prompts.reader import DomainError
+from comfyui_nibble.reading import textfile
 
 PIECES = [
     "{subject}", "{light}", "{0}", "{0.__class__.__mro__}", "{subject.__class__}", "{subject!r:>9999999}",
@@ -40,6 +41,7 @@ def watched():
     sys.addaudithook(hook)
     domain.load("food")
     tokens.clip_bound("warm up")
+    textfile.decoded(b"\xe9", "warm-up")
 
     @contextlib.contextmanager
     def watch():

@@ -99,9 +99,9 @@ def test_texts_stay_texts():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\xff\xfe\x00", "not UTF-8 text at byte 1"),
+        (b"\xff\xfe\x00", "line 1: this is not UTF-16"),
         ("title: a\n\u202eb".encode(), "line 2: hidden character U+202E"),
-        (b"x\0", "line 1: hidden character U+0000"),
+        (b"ab\0", "line 1: this is no text, it has the control character U+0000"),
         (b"x" * (256 * 1024 + 1), "larger than 256 KiB"),
     ],
 )

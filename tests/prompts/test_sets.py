@@ -22,7 +22,7 @@ SDCI = (
     "# comment\n0001: A plain text of\n  two lines, with commas\n0002: 'quoted: with a colon, it''s fine'\n"
     '"0003": |\n  a block\n  text\n0004: [1, 2]\n'
 )
-JSONL = '{"prompt": "one", "id": 3}\n\n{"caption": ["two", "deux"], "category": "food"}\n"three"\n{"other": 1}\n5\n'
+JSONL = '{"prompt": "one", "id": 3}\n\n{"caption": ["two", "deux"], "category": "food"}\n"three"\n{"other": 1}\n'
 CSV = 'Image,Caption\na.jpg,"one, with a comma"\nb.jpg,\nc.jpg,two\n'
 GOOD = {
     "COCO Captions": (json.dumps(COCO), ["A plate of pizza on a table.", "A man rides a horse."]),
@@ -74,7 +74,7 @@ def test_a_missing_file_is_named_with_its_address(id):
 def test_a_file_over_the_cap_is_not_read(tmp_path):
     row = sets.Format("text", "x.txt", "", 1, sets.FORMATS["text"].read)
     (tmp_path / "x.txt").write_bytes(b"a\n" * (sets.MIB // 2 + 1))
-    with pytest.raises(ValueError, match=r"x\.txt is larger than 1 MiB"):
+    with pytest.raises(ValueError, match=r"x\.txt: larger than 1 MiB"):
         sets.read(row, tmp_path / "x.txt")
 
 

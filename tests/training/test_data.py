@@ -20,7 +20,7 @@ def test_captions_beside_in_jsonl_and_in_csv(tmp_path):
     put(tmp_path, "c.webp")
     put(tmp_path, "d.bmp")
     rows = [{"file_name": "b.jpg", "text": "from jsonl"}, {"file_name": "a.png", "text": "the .txt wins"},
-            {"file_name": "../../secret.png", "text": "not in the folder"}, ["no row"]]  # fmt: skip
+            {"file_name": "../../secret.png", "text": "not in the folder"}]  # fmt: skip
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(r) for r in rows) + "\n\n")
     (tmp_path / "more.csv").write_text('file_name,caption\nc.webp,"with, a comma"\nd.bmp,plain\n')
     found = {e.path.name: e.caption for e in data.examples(tmp_path)}
@@ -37,7 +37,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 2 pictures have no caption, a.png first. Write it into a.txt"):
         data.examples(tmp_path)
     (tmp_path / "x.jsonl").write_text('{"file_name": "a.png"\n')
-    with pytest.raises(ValueError, match=r"x.jsonl, line 1: not JSON"):
+    with pytest.raises(ValueError, match=r"x.jsonl, line 1: it is not JSON"):
         data.examples(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     with pytest.raises(ValueError, match=r"broken.png cannot be read as a picture"):

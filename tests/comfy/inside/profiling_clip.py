@@ -19,6 +19,7 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import folder_paths
 from nibble_pack.nodes.bridge import clip as encoders
+from nibble_pack.nodes.bridge import pictures as folders
 from nibble_pack.nodes.bridge import scores
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
@@ -95,8 +96,14 @@ single = scores.score(given(prompts="fox"))
 pair = SimpleNamespace(
     cond_stage_model=torch.nn.ModuleList([clip.cond_stage_model, text_encoder(None).cond_stage_model])
 )
+folder = out / "captioned"
+folder.mkdir()
+for name, encoding in (("a", "cp1252"), ("b", "utf-16")):
+    (folder / f"{name}.png").touch()
+    (folder / f"{name}.txt").write_bytes("café\r\ncrème\x0c\r\n".encode(encoding))
 identity, wrong = torch.eye(WIDTH), torch.full((WIDTH, WIDTH), float("nan"))
 print(json.dumps({
+    "captions": folders.of_folder("input/captioned").captions,
     "clip_t": list(ours.each["CLIP-T"]), "clip_i": ours.overall["CLIP-I"], "kid": ours.overall["KID"],
     "notes": list(ours.notes), "one_prompt": list(single.each["CLIP-T"]),
     "oracle_t": (seen * read).sum(1).tolist(), "oracle_i": (seen @ seen.t()).mean().item(),
