@@ -152,7 +152,7 @@ def _rows_of(layers: Mapping[str, nn.Module], slot: Slot) -> Tensor:
 
 
 def _dense(weight: Tensor) -> Tensor:
-    return kernels.dense(weight) if kernels.is_ours(weight) else weight.float()
+    return kernels.dense(weight) if kernels.is_quantized(weight) else weight.float()
 
 
 def _add(layer: nn.Module, piece: Update, strength: float, slot: Slot) -> None:
@@ -161,7 +161,7 @@ def _add(layer: nn.Module, piece: Update, strength: float, slot: Slot) -> None:
         layer.bias = nn.Parameter(_patched(layer.bias.detach(), piece.weights, strength, slot), requires_grad=False)
         return
     weight = layer.weight.detach()
-    if kernels.is_ours(weight) and stays_low_rank(piece.weights):
+    if kernels.is_quantized(weight) and stays_low_rank(piece.weights):
         down, up = piece.weights.scaled(strength)
         into = Slot(slot.layer, into=slot.into)
         down, up = down.to(weight.device), placed(up.to(weight.device), into, weight.shape[0])

@@ -10,6 +10,7 @@ STATUSES = {
     "unknown": "unknown to this model",
     "shape": "of another shape than the layer",
     "rows": "of a kind that cannot be cut into rows",
+    "dropped": "for a weight that ComfyUI does not patch",
     "unread": "of a kind that is not read",
     "incomplete": "without the other half",
     "halves": "of factors that do not fit each other",

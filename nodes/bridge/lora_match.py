@@ -137,13 +137,15 @@ def _goal(target) -> Goal:
 @dataclass
 class Match:
     """One LoRA file against one vocabulary. ``status``, ``why``: of the file's keys, as in a KeyReport. ``patches``:
-    part -> list of {target: patch}, later ones add to earlier.
+    part -> list of {target: patch}, later ones add to earlier. ``sources``: (part, target) -> the keys its patches are
+    made of.
     """
 
     vocabulary: Vocabulary
     status: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     patches: dict[str, list[dict]] = field(default_factory=lambda: {MODEL: [], TEXT: []})
+    sources: dict[tuple[str, object], set[str]] = field(default_factory=dict)
 
     def place(self, target: str) -> tuple[Place, list[Goal]]:
         """(where ``target`` belongs, the weights it changes)."""
@@ -170,7 +172,8 @@ class Match:
             made = _patches(update, goals, owner)
         except Refused as e:
             return self.refuse(keys, e)
-        self._keep(spot.part, made)
+        keys = list(keys)
+        self._keep(spot.part, made, keys)
         return self.done(keys, spot.part)
 
     def refuse(self, keys: Iterable[str], e: Refused) -> None:
@@ -191,13 +194,26 @@ class Match:
             names, owner, watched = dict(self.vocabulary.own[part]), self.vocabulary.part(part), _Watched(left)
             loaded = comfy.lora.load_lora(watched, names, log_missing=False) if left and names else {}
             if loaded and all(_fits(owner, target, value) for target, value in loaded.items()):
-                self._keep(part, [loaded])
-                self.done([renamed[k] for k in watched.seen if k in renamed], part)
+                keys = [renamed[k] for k in watched.seen if k in renamed]
+                self._keep(part, [loaded], keys)
+                self.done(keys, part)
 
-    def _keep(self, part: str, made: list[dict]) -> None:
+    def patch(self, part: str, owner, strength: float) -> None:
+        """Adds the patches of ``part`` to ``owner``, and notes which of them ComfyUI did not take."""
+        for some in self.patches[part]:
+            taken = set(owner.add_patches(some, strength))
+            for target in [t for t in some if t not in taken]:
+                del some[target]
+                name = target if isinstance(target, str) else target[0]
+                for key in self.sources.get((part, target), ()):
+                    self.status[key], self.why[key] = "dropped", f"{name} is not in the model's state dict"
+
+    def _keep(self, part: str, made: list[dict], keys: Iterable[str]) -> None:
         """Two spellings of one layer in a file both count, so a target that is taken goes into the next dict."""
+        keys = list(keys)
         for patch in made:
             for target, value in patch.items():
+                self.sources.setdefault((part, target), set()).update(keys)
                 free = next((d for d in self.patches[part] if target not in d), None)
                 if free is None:
                     self.patches[part].append(free := {})

@@ -32,7 +32,6 @@ from comfy.model_patcher import (
     get_key_weight,
 )
 
-from ...lora.read import finite
 from ...lora.report import listed
 from ...quant import kernels
 from . import patches as p
@@ -154,7 +153,7 @@ class _FourBit:
             if weight is None or p.fits(value, tuple(weight.shape), offset):
                 fit[target] = value
                 mine += weight is not None
-                if weight is not None and not all(map(finite, p.tensors_of(value))):
+                if weight is not None and not p.finite(value):
                     broken.append(key)
             else:
                 unfit.append(key)

@@ -40,3 +40,25 @@ def test_numbers_of_every_type(found):
 
 def test_any_subset_of_keys_is_accounted_for_once_and_what_is_reported_is_there(found):
     assert found["wrong subsets"] == [] and found["errors"] == []
+
+
+def test_what_comfyui_does_not_take_is_said(found):
+    """It drops a patch whose weight is not in the model's state dict, without an error."""
+    word, weight = "for a weight that ComfyUI does not patch", "diffusion_model.double_blocks.0.img_attn.proj.weight"
+    for text in (found["dropped"], found["would drop"]):
+        assert f"3 applied to the model, 3 {word}" in text, text
+        assert f"- {word}: lora_unet_double_blocks_0_img_attn_proj." in text
+        assert f"({weight} is not in the model's state dict)" in text
+    assert (
+        f"none of its 3 keys fits: it looks like a LoRA for FLUX.1, the model is FLUX.1 (3 {word} ({weight}"
+        in (found["all dropped"])
+    )
+
+
+def test_comfyuis_own_loader_refuses_what_does_not_fit_a_4_bit_model(found):
+    if "stock" not in found:
+        pytest.skip("a 16-bit model is ComfyUI's own")
+    for name, said in found["stock"].items():
+        what = "holds NaN or infinity for" if name.startswith("alpha") else "does not fit (diffusion_model.double_bl"
+        assert said.startswith(f"The LoRA {what}"), (name, said)
+    assert found["stock errors"] == []

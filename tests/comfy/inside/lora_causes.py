@@ -36,7 +36,7 @@ before = {part: effective(model, f"{LAYER}.{part}")[0] for part in ("weight", "b
 def applied(tensors: dict):
     """(match, by how much each part of the layer changed)"""
     found = match.match(dict(tensors), (), names)
-    patched = bridge._patched(model, found.patches["model"], 1.0, {})
+    patched = bridge._patched(model, found, "model", 1.0, {})
     text = match.report("x", tensors, found).text()
     assert text.startswith("**x**: ") and f"{len(tensors)} keys: " in text
     return found, {part: effective(patched, f"{LAYER}.{part}")[0] - was for part, was in before.items()}
@@ -62,6 +62,40 @@ try:
 except ValueError as e:
     result["of IA3 only"] = str(e)
 result["inspected"] = bridge.inspect("ia3.safetensors", "ia3.safetensors", model)[0]
+
+# A weight that ComfyUI does not find in the model's state dict: it drops the patch without a word.
+tensors = {
+    f"{t}{end}": x for t in (TARGET, TARGET.replace("img_attn", "txt_attn")) for end, x in kind("lora", n, k, n).items()
+}
+save_file(tensors, "two.safetensors")
+save_file({key: t for key, t in tensors.items() if key.startswith(TARGET)}, "one.safetensors")
+told, known = type(model.model).state_dict, f"{LAYER}.weight"
+type(model.model).state_dict = lambda *a, **k: {n: t for n, t in told(*a, **k).items() if n != known}
+result["dropped"] = bridge.apply([bridge.Choice("two.safetensors", "two.safetensors")], model)[2]
+try:
+    bridge.apply([bridge.Choice("one.safetensors", "one.safetensors")], model)
+except ValueError as e:
+    result["all dropped"] = str(e)
+result["would drop"] = bridge.inspect("two.safetensors", "two.safetensors", model)[0]
+type(model.model).state_dict = told
+
+# Through ComfyUI's own loader, on this pack's patcher: what does not fit is refused, not met while sampling.
+if "-4bit" in args[0]:
+    result["stock"], seen = {}, len(Errors.said)
+    odd_files = {name: {f"{TARGET}{end}": t for end, t in kind(name, n // 2, k // 2, n // 2).items()} for name in KINDS}
+    lora = {f"{TARGET}{end}": t for end, t in kind("lora", n, k, n).items()}
+    for alpha in (float("nan"), float("inf")):
+        odd_files[f"alpha {alpha}"] = lora | {f"{TARGET}.alpha": torch.tensor(alpha)}
+    up, down = f"{TARGET}.lora_up.weight", f"{TARGET}.lora_down.weight"
+    odd_files["two ranks"] = {up: torch.ones(n, 4), down: torch.ones(3, k)}
+    for name, tensors in odd_files.items():
+        try:
+            patched, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
+            change = max((effective(patched, f"{LAYER}.{x}")[0] - b).abs().max().item() for x, b in before.items())
+            result["stock"][name] = f"changed by {change}"
+        except ValueError as e:
+            result["stock"][name] = str(e)
+    result["stock errors"] = Errors.said[seen:]
 for dtype in odd.TYPES:
     for what in ("lora", "lokr"):
         tensors = odd.of_type(dtype, n, k, what)

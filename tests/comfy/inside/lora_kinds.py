@@ -46,7 +46,7 @@ def run(name: str, place: str, tensors: dict, model, target: str, layers, rows) 
     if "model" not in status:
         return {**out, "patches": sum(map(len, found.patches["model"]))}
     at = m.strength(name)
-    patched = bridge._patched(model, found.patches["model"], at, {})
+    patched = bridge._patched(model, found, "model", at, {})
     new = [turned(x) for x in m.changed(tensors, turned(w), turned(b), at, comfyui=True)]
     errors, four = [0.0], []
     for i, key in enumerate(keys):
