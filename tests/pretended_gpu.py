@@ -10,12 +10,14 @@ memory) is not tried.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -32,6 +34,9 @@ class Log:
     mixes: list[str] = field(default_factory=list)
 
 
+_current = [Log()]
+
+
 class DevicesMix(RuntimeError):
     """What a real GPU says: "Expected all tensors to be on the same device"."""
 
@@ -40,8 +45,6 @@ class OnGPU(torch.Tensor):
     """A tensor of the CPU, ``inner``, that says it is on the GPU. To PyTorch's C++ it is on "meta", as FakeTensor is:
     a build without CUDA ends the process when its autograd hears of "cuda".
     """
-
-    log = Log()
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
@@ -107,7 +110,11 @@ def _tensor(data, *, device=None, make=torch.tensor, **kwargs):
 def _up(x):
     if isinstance(x, OnGPU):
         return x
-    OnGPU.log.syncs += 1
+    if isinstance(x, QuantizedTensor):
+        p = x._params
+        fields = {n: _up(getattr(p, n)) for n in p._tensor_fields()}
+        return QuantizedTensor(_up(x._qdata), x._layout_cls, dataclasses.replace(p, **fields))
+    _current[0].syncs += 1
     return _Up.apply(x)
 
 
@@ -125,9 +132,9 @@ def _run(func, types, args, kwargs):
     others = [t for t in leaves if isinstance(t, torch.Tensor) and not isinstance(t, OnGPU) and t.dim()]
     if func not in ACROSS and ours and others:
         what = f"{func}: {[tuple(t.shape) for t in ours]} on the GPU, {[tuple(t.shape) for t in others]} on the CPU"
-        OnGPU.log.mixes.append(what)
+        _current[0].mixes.append(what)
         raise DevicesMix(what)
-    OnGPU.log.syncs += bool(ours) and func in SYNCS
+    _current[0].syncs += bool(ours) and func in SYNCS
     out = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     if func is aten.copy_.default:
         return args[0]
@@ -152,7 +159,7 @@ def _outer(value, ours: list[OnGPU]):
 @contextmanager
 def on() -> Iterator[Log]:
     """Within, device "cuda" is there."""
-    OnGPU.log = log = Log()
+    _current[:] = [log := Log()]
     rng = {
         "get_rng_state": lambda *_: torch.get_rng_state(),
         "set_rng_state": lambda state, *_: torch.set_rng_state(state),

@@ -2,7 +2,6 @@
 what comes out is what the CPU gives.
 """
 
-import dataclasses
 import itertools
 import json
 import sys
@@ -75,10 +74,7 @@ def weights():
 
 
 def on_gpu(weight: QuantizedTensor) -> QuantizedTensor:
-    """The same weight on "cuda"."""
-    p = weight._params
-    fields = {n: getattr(p, n).to("cuda") for n in p._tensor_fields()}
-    return QuantizedTensor(weight._qdata.to("cuda"), weight._layout_cls, dataclasses.replace(p, **fields))
+    return weight.to("cuda")
 
 
 def linear(x, weight, bias=None):
