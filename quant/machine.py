@@ -34,3 +34,10 @@ def int4_kernels(device: torch.device):
 
     sm = capability(device)
     return cuda if sm is not None and sm >= INT4_SM and getattr(cuda, "_EXT_AVAILABLE", False) else None
+
+
+def free_workspaces() -> None:
+    """Lets go of the buffers that kitchen's svdquant keeps on the GPU for each shape it has met."""
+    from comfy_kitchen.backends import cuda
+
+    getattr(cuda, "_SVDQUANT_WORKSPACE_CACHE", {}).clear()

@@ -176,12 +176,17 @@ def _padded(rank: int) -> int:
     return -(-rank // RANK_STEP) * RANK_STEP
 
 
-def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
-    """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
+def padded(weight: QuantizedTensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """``down`` and ``up`` with zeros that make the branch of ``weight`` a multiple of `RANK_STEP` with them."""
     here = getattr(weight._params, "proj_down", None)
     rank = (0 if here is None else here.shape[1]) + down.shape[1]
     pad = (0, _padded(rank) - rank)
-    return kernels.extend(weight, torch.nn.functional.pad(down, pad), torch.nn.functional.pad(up, pad))
+    return (torch.nn.functional.pad(down, pad), torch.nn.functional.pad(up, pad)) if pad[1] else (down, up)
+
+
+def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
+    """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
+    return kernels.extend(weight, *padded(weight, down, up))
 
 
 def patched(weight: QuantizedTensor, patches: Sequence[tuple], key: str, original: dict | None = None) -> Tensor:
@@ -222,14 +227,16 @@ def on_the_fly(weight: QuantizedTensor, functions: Iterable) -> Tensor:
 
 
 def _remembered(holder, pending: Sequence[tuple], weight: QuantizedTensor) -> tuple[Tensor, Tensor] | None:
-    """`factors` in the weight's own dtype, once for each of ComfyUI's patch objects: it makes new ones whenever
-    patches change.
+    """`factors` as `grown` takes them, in the weight's own dtype and beside it, once for each of ComfyUI's patch
+    objects: it makes new ones whenever patches change.
     """
-    if not hasattr(holder, "nibble_factors"):
+    device, dtype = weight._qdata.device, kernels.side_dtype(weight)
+    kept = getattr(holder, "nibble_factors", ())
+    if kept == () or (kept is not None and (kept[0].device, kept[0].dtype) != (device, dtype)):
         low_rank = factors(pending, tuple(weight.shape))
-        dtype = kernels.side_dtype(weight)
-        holder.nibble_factors = None if low_rank is None else tuple(t.to(dtype) for t in low_rank)
-    return holder.nibble_factors
+        kept = None if low_rank is None else tuple(t.to(device, dtype) for t in padded(weight, *low_rank))
+        holder.nibble_factors = kept
+    return kept
 
 
 def finite(value) -> bool:
