@@ -119,8 +119,8 @@ def test_entries_that_are_no_weights_pass_through(core_layers):
 def test_a_layer_of_dynamic_vram_that_runs_on_the_cpu(core_layers):
     found = core_layers["_v"]
     assert len(found) > 5
-    for same, apart, without in found:
-        assert same and apart == 0 and not without
+    for same, apart, without, _ in found:
+        assert same and apart == 0 and not without, found
 
 
 def test_nothing_is_cast_padded_or_moved_twice(core_layers):

@@ -147,9 +147,8 @@ for name in ("svdquant", "promoted", "nvfp4"):
         plain, module.lora = module(x), (down.t().contiguous(), up)
         with_lora, module._v, module._v_signature = module(x), object(), None
         same, module.lora = torch.equal(module(x), with_lora), None
-        result.setdefault("_v", []).append(
-            [same, (module(x) - plain).abs().max().item(), torch.equal(plain, with_lora)]
-        )
+        apart = (module(x) - plain).abs().max().item() if kernels.is_ours(module.weight) else 0  # else ComfyUI's own
+        result.setdefault("_v", []).append([same, apart, torch.equal(plain, with_lora), module.layout_type])
         del module._v
 
 # A file in bfloat16 whose model computes in float16: scales and branch are cast once, not on every forward.
