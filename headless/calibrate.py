@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints import resume
-from ..checkpoints.convert import Conversion, Options, plan_source, quantize, side_dtype
+from ..checkpoints.convert import Conversion, Options, check_names, plan_source, quantize, side_dtype
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.header import BYTES
+from ..checkpoints.save import require_free
 from ..checkpoints.source import Source
 from ..prompts import batch, calibration
 from ..prompts import domain as domains
@@ -122,8 +123,8 @@ def run(
     say: Callable[[Layer, int, int], None] = lambda *_: None,
 ) -> tuple[Conversion, dict[str, Layer]]:
     """Calibrates and writes ``out``. Solved layers are kept beside it until then, so a stopped run goes on."""
-    if out.exists():
-        raise CheckpointError(out.name, "there is a file of this name already", "Choose another name")
+    require_free(out)
+    check_names(source, options.plans or plan_source(source, options.rank))
     work = job(source, pipe, inputs, preset, options, budget)
     store = resume.Folder(out.with_name(f".{out.name}.solved"), signature(source, work, inputs))
     layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))

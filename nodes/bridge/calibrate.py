@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.utils
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from server import PromptServer
 
 from ...checkpoints import families, resume
@@ -105,9 +106,21 @@ def plans_of(model, settings: Settings) -> tuple[dict[str, LayerPlan], str]:
     return plans, family.title
 
 
+def refuse_quantized(module, remedy: str) -> None:
+    """Raises ValueError for a model that is quantized already. Scaled fp8 counts as 16 bits: it is read as numbers."""
+    for name, m in module.named_modules():
+        weight = getattr(m, "weight", None)
+        if kernels.is_ours(weight):
+            raise ValueError(f"This model is 4-bit already. {remedy}")
+        if isinstance(weight, QuantizedTensor) and "FP8" not in weight._layout_cls:
+            fmt = getattr(m, "quant_format", None) or weight._layout_cls
+            raise ValueError(f"This model is quantized already (layer {name}: {fmt}). {remedy}")
+        if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+            raise ValueError(f"This model is quantized already (layer {name}: its weight is {weight.dtype}). {remedy}")
+
+
 def _refuse(model, module) -> None:
-    if any(kernels.is_ours(getattr(m, "weight", None)) for m in module.modules()):
-        raise ValueError("This model is 4-bit already. Calibrate the 16-bit original")
+    refuse_quantized(module, "Calibrate the 16-bit original")
     if hasattr(module, "_orig_mod") or "torch.compile" in model.object_patches:
         raise ValueError("This model is compiled, and calibration must see its layers. Put TorchCompileModel after it")
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..modules import require_float
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
@@ -148,17 +149,27 @@ def _fitted(collection: Collection, job: Job, check: Callable[[], None]) -> dict
     options: dict[str, list[allocate.Option]] = {}
     for name, sample in collection.walk():
         check()
-        weight = job.weight(name)[0].to(job.device).float()
+        weight, _ = _float_weight(name, job)
         options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
     return allocate.fit(options, job.fit)
 
 
-def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer:
-    start = time.perf_counter()
+def _float_weight(name: str, job: Job) -> tuple[Tensor, Tensor | None]:
+    """(weight in float32 where it is solved, bias) of a layer. Raises ValueError for one that cannot be quantized."""
     weight, bias = job.weight(name)
+    try:
+        require_float(weight)
+    except ValueError as e:
+        raise ValueError(f"layer {name}: {e}. Quantize the 16-bit original instead") from e
     weight = weight.to(job.device).float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"layer {name}: the weight holds NaN or infinity")
+    return weight, bias
+
+
+def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer:
+    start = time.perf_counter()
+    weight, bias = _float_weight(name, job)
     bias = None if bias is None else bias.to(job.device)
     if plan.scheme == KEEP:
         solved = Solved(weight.to(job.dtype), bias, 0.0, float("nan"), False)
