@@ -177,8 +177,8 @@ def sound_gguf(folder: str) -> bytes:
 
 
 def survives(path) -> None:
-    """Loads, inspects, opens as a source and converts ``path``; anything but CheckpointError fails the test, and so does
-    a slow answer.
+    """Loads, inspects, opens as a source and converts ``path``: anything but CheckpointError fails the test, and a slow
+    answer does too.
     """
     out = path.with_name("out.safetensors")
     for call in (load, inspect, open_source, lambda p: repack(p, out)):
