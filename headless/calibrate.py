@@ -18,7 +18,7 @@ from ..checkpoints.source import Source
 from ..prompts import batch, calibration
 from ..prompts import domain as domains
 from ..quant.calib import allocate
-from ..quant.calib.engine import Job, Layer, Watch, calibrate
+from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate
 from ..quant.calib.presets import Preset
 from ..quant.policy import LayerPlan
 from ..quant.schemes import KEEP
@@ -108,7 +108,9 @@ def signature(source: Source, work: Job, inputs: Inputs) -> str:
     weights = {n: work.weight(n)[0] for n in work.plans}
     plans = {n: [p.scheme, p.rank, p.act_unsigned] for n, p in work.plans.items()}
     drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed, work.fit]
-    values = dict(plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn)
+    values = dict(
+        plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn, method=METHOD
+    )
     return resume.signature(weights=resume.fingerprint(weights), **values)
 
 
@@ -132,6 +134,7 @@ def run(
         "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
         "cfg": inputs.cfg, "prompts_sha256": resume.signature(prompts=list(inputs.prompts)),
         "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
+        "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
     }  # fmt: skip
     plans = options.plans or plan_source(source, options.rank)
     done = replace(options, solved=layers, calibration=record, plans=plans)

@@ -162,7 +162,8 @@ def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, Layer
             conds |= {f"{i}.{side}.{j}": entry[0] for j, entry in enumerate(cond)}
     return resume.signature(
         weights=resume.fingerprint(weights), conds=resume.fingerprint(conds), settings=vars(settings),
-        latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank] for n, p in plans.items()},
+        latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank, p.act_unsigned] for n, p in plans.items()},
+        method=engine.METHOD,
     )  # fmt: skip
 
 
@@ -171,7 +172,7 @@ def _record(settings: Settings, inputs: Inputs, layers: dict[str, Layer], family
     t = report.totals(layers)
     calibration = {
         "method": settings.preset, "seed": settings.seed, "prompts": len(inputs.pairs), "levels": settings.levels,
-        "cfg": settings.cfg, "kept_calibrated": t["calibrated"], "error": t["error"],
+        "cfg": settings.cfg, "kept_calibrated": t["calibrated"], "unsigned": t["unsigned"], "error": t["error"],
     }  # fmt: skip
     schemes = sorted({x.plan.scheme for x in layers.values()} - {KEEP})
     return record(

@@ -22,7 +22,9 @@ from . import allocate
 from .observe import DEFAULT_BUDGET, Observer, runs_needed
 from .presets import Preset
 from .reservoir import Reservoir, limit_for
-from .solve import Sample, Solved, solve
+from .solve import Sample, Solved, solve_best
+
+METHOD = 2  # goes up when the same inputs give other layers, so that those kept by an unfinished run are not taken
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Collection:
         for reservoirs in [self._kept] if self._kept is not None else self._runs():
             for lead, reservoir in reservoirs.items():
                 tokens = reservoir.tokens().to(self.job.device).float()
-                sample = Sample(tokens, reservoir.maxima.to(self.job.device))
+                sample = Sample(tokens, reservoir.maxima.to(self.job.device), reservoir.lowest)
                 for name in (n for home in self.observer.members(lead) for n in self.homes[home]):
                     reached.add(name)
                     yield name, sample
@@ -119,6 +121,7 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
     """Solves every planned layer of ``module``; returns them by name in the order of the plan, with the plan they got.
 
     Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
+    Whether a layer's activations are unsigned is what its input says, where one was seen.
     """
     watch = watch or Watch()
     wanted = [n for n, p in job.plans.items() if p.scheme != KEEP]
@@ -174,7 +177,7 @@ def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer
     if plan.scheme == KEEP:
         solved = Solved(weight.to(job.dtype), bias, 0.0, float("nan"), False)
     else:
-        solved = solve(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
+        plan, solved = solve_best(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
     if sample is not None and job.promote is not None:
         plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
     tokens = 0 if sample is None else len(sample.tokens)
