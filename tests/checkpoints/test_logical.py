@@ -104,11 +104,11 @@ def test_a_format_of_tomorrow_is_shown_as_it_is_stored(tmp_path):
 
 
 def test_codes_without_a_description_are_not_called_float(tmp_path):
-    tensors = {f"a.attn.{n}.weight": WEIGHT.to(t) for n, t in (("q", torch.int8), ("k", torch.float8_e5m2))}
+    tensors = {f"a.attn.{n}.weight": WEIGHT.to(t) for n, t in (("q", torch.int32), ("k", torch.float8_e5m2))}
     tensors["a.attn.v.weight"] = torch.zeros(64, 64, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     save_file(tensors, tmp_path / "x.safetensors")
     rows = {r.layer: r for r in inspect(tmp_path / "x.safetensors").rows}
-    assert rows["a.attn.q"].scheme == "I8" and "nothing says" in rows["a.attn.q"].why
+    assert rows["a.attn.q"].scheme == "I32" and "nothing says" in rows["a.attn.q"].why
     assert rows["a.attn.k"].scheme == "float8_e5m2" and rows["a.attn.v"].scheme == "F8_E8M0"
 
 
