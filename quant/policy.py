@@ -16,6 +16,8 @@ class Rule:
 
     ``act_unsigned``: the layer reads a GELU. ``after``: what the match is replaced by to name the layer whose output
     that GELU takes. Where that layer has more rows than this one has columns its output is gated, and the claim falls.
+    ``keeps_columns``: ComfyUI tells the model by the number of columns that this weight has in the file, so no format
+    that packs them may take it.
     """
 
     pattern: str
@@ -23,6 +25,7 @@ class Rule:
     reason: str
     act_unsigned: bool = False
     after: str = ""
+    keeps_columns: bool = False
 
     def __post_init__(self):
         re.compile(self.pattern)
@@ -40,6 +43,7 @@ class LayerPlan:
     reason: str
     rank: int = 0
     act_unsigned: bool = False
+    keeps_columns: bool = False
 
 
 def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: int) -> dict[str, LayerPlan]:
@@ -60,12 +64,13 @@ def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: i
             continue
         row, (n, k) = scheme(rule.scheme), shape
         if not row.fits(n, k):
-            out[name] = LayerPlan(KEEP, f"K={k} is not a multiple of {row.group_size}")
+            out[name] = LayerPlan(KEEP, f"{row.id} does not fit N={n}, K={k}")
             continue
         unsigned, reason = rule.act_unsigned, rule.reason
         if unsigned and _gated(rule, name, shapes):
             unsigned, reason = False, "reads a gated product, not a GELU alone"
-        out[name] = LayerPlan(row.id, reason, min(rank, n, k) if row.low_rank else 0, unsigned)
+        rank_here = min(rank, n, k) if row.low_rank else 0
+        out[name] = LayerPlan(row.id, reason, rank_here, unsigned, rule.keeps_columns)
     return out
 
 
@@ -76,6 +81,7 @@ def _gated(rule: Rule, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool
 
 
 TARGETS = (SVDQUANT.id, *core_formats.FORMATS)
+WHOLE_COLUMNS = "int8_tensorwise"  # a byte a weight
 
 
 def retarget(
@@ -83,8 +89,8 @@ def retarget(
 ) -> dict[str, LayerPlan]:
     """``plans`` with every 4-bit layer in one of ComfyUI's own formats instead; svdquant_w4a4 leaves them as they are.
 
-    Modulations, which the policy gives to awq_w4a16, stay 16-bit there: 4-bit activations ruin them. Raises ValueError
-    for an unknown target.
+    Modulations, which the policy gives to awq_w4a16, stay 16-bit there: 4-bit activations ruin them. A layer whose
+    columns ComfyUI reads becomes int8 where the target packs two codes a byte. Raises ValueError for an unknown target.
     """
     if target not in TARGETS:
         raise ValueError(f"unknown target {target!r}; there are {', '.join(TARGETS)}")
@@ -97,6 +103,9 @@ def retarget(
             out[name] = p
         elif p.scheme != SVDQUANT.id and row.act_bits < 8:
             out[name] = LayerPlan(KEEP, f"{p.reason}: {target} has no 16-bit activations")
+        elif p.keeps_columns and row.bits < 8:
+            whole = core_formats.FORMATS[WHOLE_COLUMNS].fits(*shapes[name])
+            out[name] = LayerPlan(WHOLE_COLUMNS if whole else KEEP, f"{p.reason}; ComfyUI reads its columns")
         elif row.fits(*shapes[name]):
             out[name] = LayerPlan(target, p.reason)
         else:

@@ -39,6 +39,7 @@ def rules(text_projections: str, why: str) -> tuple[Rule, ...]:
     """
     block = r"transformer_blocks\.\d+\."
     return (
+        Rule(r"transformer_blocks\.0\.attn2\.to_k$", text_projections, why, keeps_columns=True),
         Rule(block + r"attn2\.to_[kv]$", text_projections, why),
         Rule(block + r"attn[12]\.to_(q|k|v|out\.0)$", SVDQUANT.id, "attention"),
         Rule(block + r"ff\.net\.(0\.proj|2)$", SVDQUANT.id, "feed-forward (GEGLU)"),

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comfyui_nibble.headless.cli import main
+from comfyui_nibble.quant import policy
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -144,3 +146,34 @@ def test_what_cannot_be_read_is_refused_by_name(kind, sentence, tiny, inside, tm
     (tmp_path / "list.json").write_text(json.dumps({"bad": str(path)}))
     found = inside("load_matrix", "flux", tmp_path / "list.json", tiny("flux"))["bad"]["ours"]
     assert sentence in found and layer in found and "a.safetensors" in found, found
+
+
+FAMILIES, TARGETS = ("sd15", "sdxl", "flux2"), policy.TARGETS
+# Output error of a data-free file on the tiny random models, their deepest format
+FAR = {"int8_tensorwise": 0.05}
+
+
+@pytest.fixture(scope="module")
+def written(tiny, inside, tmp_path_factory):
+    """written[family][target]: what both loaders made of the file that ``nibble quantize --target`` writes."""
+    home, out = tmp_path_factory.mktemp("targets"), {}
+    for family in FAMILIES:
+        listed = {}
+        for target in TARGETS:
+            path = home / f"{family}-{target}.safetensors"
+            assert main(["quantize", str(tiny(family)), "--target", target, "--rank", "16", "--out", str(path)]) == 0
+            listed[target] = str(path)
+        (home / f"{family}.json").write_text(json.dumps(listed))
+        out[family] = inside("load_matrix", family, home / f"{family}.json", tiny(family))
+    print(json.dumps(out, indent=1))
+    return out
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_quantize_writes_loads(family, target, written):
+    """ComfyUI tells some models by the columns of one weight: it must not be packed there."""
+    found = written[family][target]
+    assert found["ours"] < FAR.get(target, 0.35), found
+    if target != "svdquant_w4a4":
+        assert found["apart"] == 0, found

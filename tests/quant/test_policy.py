@@ -25,7 +25,7 @@ def test_first_match_decides_and_says_why():
         "a.fc3": KEEP, "conv": KEEP, "b.fc1": "svdquant_w4a4",
     }  # fmt: skip
     assert out["a.fc2"].act_unsigned and not out["a.fc1"].act_unsigned
-    assert out["a.fc3"].reason == "K=100 is not a multiple of 64"
+    assert out["a.fc3"].reason == "svdquant_w4a4 does not fit N=64, K=100"
     assert "4 dimensions" in out["conv"].reason and "no rule" in out["x"].reason and out["embed"].reason == "embedder"
     assert out["a.fc1"].rank == 16 and out["b.fc1"].rank == 8 and out["a.mod"].rank == 0
 

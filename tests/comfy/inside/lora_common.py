@@ -34,6 +34,7 @@ FORWARD = {
     "sd15": (4, 768, 0, 5.0),
     "sdxl": (4, 2048, 2816, 5.0),
     "flux": (16, 64, 64, 0.5),
+    "flux2": (128, 64, 0, 0.5),
     "sd3": (16, 128, 128, 0.5),
 }
 
@@ -97,7 +98,7 @@ def inputs(family: str):
     g = torch.Generator().manual_seed(1)
     x, text = torch.randn(1, channels, 16, 16, generator=g), torch.randn(1, 20, width, generator=g)
     extra = {"y": torch.randn(1, vector, generator=g)} if vector else {}
-    if family == "flux":
+    if family in ("flux", "flux2"):
         extra["guidance"] = torch.tensor([3.5])
     return x, torch.tensor([time]), dict(c_crossattn=text, **extra)
 
