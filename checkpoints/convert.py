@@ -59,9 +59,11 @@ def plan_source(source: Source, rank: int) -> dict[str, LayerPlan]:
     """The plan of every linear of the source's model, by its name below the prefix. Raises CheckpointError for none."""
     plans = plan(model_layers(source.shapes, source.prefix), source.family.rules, rank)
     if all(p.scheme == KEEP for p in plans.values()):
-        name, reason = next(((n, p.reason) for n, p in plans.items() if "multiple" in p.reason), ("", "no linear fits"))
+        name, reason = next(
+            ((n, p.reason) for n, p in plans.items() if "does not fit" in p.reason), ("", "no linear fits")
+        )
         raise CheckpointError(
-            source.name, f"nothing can be quantized ({reason})", "4-bit layers need K % 64 == 0", name
+            source.name, f"nothing can be quantized ({reason})", "4-bit layers need N % 8 == 0 and K % 64 == 0", name
         )
     return plans
 

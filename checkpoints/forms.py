@@ -88,7 +88,10 @@ FORMS: dict[str, Form] = {
 REFUSED = (
     ("SVDQuant MXFP4 (auto-round)", "its scales lie in an order that is not described"),
     ("diffuse-compressor, layout `logical`", "same names and shapes as packed layers, other numbers"),
-    ("kitchen svdquant_w4a4, NVFP4 or integer weights without a `comfy_quant` entry", "nothing says how to run them"),
+    (
+        "kitchen svdquant_w4a4, NVFP4, integer or scaled fp8 weights without a `comfy_quant` entry",
+        "nothing says how to run them",
+    ),
     ("8-bit low-rank branches", "not described"),
     ("tinychat W4A16 (nunchaku's T5), GPTQ, AutoAWQ", "language models"),
     ("SDNQ, HQQ", "other packs' own"),

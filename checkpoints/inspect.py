@@ -120,8 +120,9 @@ def inspect(path: str | Path) -> Inspection:
 
 
 def _rank(head: header.Header, layer: str) -> int:
-    down = head.tensors.get(f"{layer}.proj_down", head.tensors.get(f"{layer}.weight_proj_down"))
-    return down.shape[-1] if down is not None and down.shape else 0
+    named = ("proj_down", "weight_proj_down", comfy_quant.FOREIGN_UP)  # (K, R), or (N, R)
+    found = (head.tensors[f"{layer}.{n}"] for n in named if f"{layer}.{n}" in head.tensors)
+    return next((e.shape[-1] for e in found if e.shape), 0)
 
 
 def _finish(name: str, family, found: tuple) -> Inspection:
@@ -135,7 +136,8 @@ def _finish(name: str, family, found: tuple) -> Inspection:
 
 def _what(head: header.Header, name: str, config: dict | None, policy) -> tuple[str, str]:
     if config is not None:
-        return config["format"], policy.reason if policy.scheme != KEEP else "quantized by its maker"
+        stored = config["base"] if config["format"] == comfy_quant.LOW_RANK else config  # the branch shows as a rank
+        return stored["format"], policy.reason if policy.scheme != KEEP else "quantized by its maker"
     dtype = head.tensors[f"{name}.weight"].dtype
     if dtype in quantized.FP8:
         return quantized.FP8[dtype], "quantized by its maker"
@@ -171,6 +173,6 @@ def _sides(head: header.Header) -> dict[str, dict[str, int]]:
 def _record(head: header.Header) -> dict:
     try:
         value = json.loads(head.metadata.get(RECORD, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

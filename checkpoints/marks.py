@@ -75,6 +75,8 @@ def _has(parts: Mapping, *names: str) -> bool:
     return all(n in parts for n in names)
 
 
+FP8_SCALES = ("weight_scale", "weight_scale_inv", "scale_weight")
+SCALED_FP8 = "scaled_fp8"  # the older mark, of all layers below its own name
 STRANGERS = (
     Stranger(
         "kitchen svdquant_w4a4 without its description",
@@ -98,6 +100,14 @@ STRANGERS = (
         "its weights are integers, and it has no comfy_quant entry, so nothing says what they stand for",
         "Take the model's ComfyUI version, or export it again for ComfyUI",
     ),
+    Stranger(
+        "scaled fp8 without its description",
+        lambda p: "comfy_quant" not in p and _has(p, "weight") and p["weight"][0].startswith("F8")
+        and any(n in p for n in FP8_SCALES),
+        "its fp8 weight has a scale beside it, and neither a comfy_quant entry nor the mark scaled_fp8: ComfyUI would "
+        "leave the scale out",
+        "Take the model's ComfyUI version, or export it again for ComfyUI",
+    ),
     Stranger("HQQ", lambda p: _has(p, "W_q", "scale", "zero"), "it is an HQQ layer, which this version does not read"),
 )  # fmt: skip
 
@@ -114,6 +124,7 @@ def layers_of(what: Entries) -> dict[str, dict[str, tuple]]:
 def refuse(what: Entries, marks: Marks, file: str) -> None:
     """Raises CheckpointError for the first layer that nothing here reads."""
     by_layer = layers_of(what)
+    marked = tuple(n.removesuffix(SCALED_FP8) for n in what if n.endswith(SCALED_FP8))
     for layer, parts in by_layer.items():
         if "qweight" in parts and ("weight" in parts or "comfy_quant" in parts):
             raise CheckpointError(file, "two formats claim this layer", "Download or write the file again", layer)
@@ -121,7 +132,8 @@ def refuse(what: Entries, marks: Marks, file: str) -> None:
             found = nunchaku.refusal(parts)
             if found is not None:
                 raise CheckpointError(file, found[0], found[1], layer)
-        stranger = next((s for s in STRANGERS if s.test(parts)), None)
+        described = layer.startswith(marked)
+        stranger = next((s for s in STRANGERS if not described and s.test(parts)), None)
         if stranger is not None and not bnb.detect(what):
             raise CheckpointError(file, stranger.what, stranger.remedy, layer)
     if not marks.lite:

@@ -96,7 +96,7 @@ def test_a_format_around_another_one_has_its_k(tmp_path):
     }
     save_file(stored, tmp_path / "x.safetensors")
     (row,) = inspect(tmp_path / "x.safetensors").rows
-    assert (row.n, row.k, row.rank, row.scheme) == (N, K, 8, "nibble_low_rank")
+    assert (row.n, row.k, row.rank, row.scheme) == (N, K, 8, entry["format"])
 
 
 @pytest.mark.parametrize("where", ["layers", "metadata"])

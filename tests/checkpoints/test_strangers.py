@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .fixtures import ALONE, DATA, raw
 
-I8, U8, I32 = torch.int8, torch.uint8, torch.int32
+I8, U8, I32, F8 = torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn
 SVDQ = {n.removeprefix(f"{ALONE}."): t for n, t in raw(DATA / "a_svdq_int4_linear.safetensors").items()}
 
 
@@ -39,6 +39,9 @@ CASES = {
     "modelopt": ({"weight": torch.zeros(8, 8, dtype=U8), "weight_scale": torch.zeros(8, 1).to(torch.float8_e4m3fn),
                   "weight_scale_2": torch.ones(())}, {}, "NVFP4 layers have no comfy_quant entry"),
     "sdnq": ({"weight": torch.zeros(8, 8, dtype=U8), "scale": torch.ones(1), "zero_point": torch.ones(1)}, {}, "SDNQ"),
+    **{f"fp8 beside {scale}": ({"weight": torch.zeros(8, 8).to(F8), scale: torch.ones(())}, {},
+                               "its fp8 weight has a scale beside it, and neither")
+       for scale in ("weight_scale", "weight_scale_inv", "scale_weight")},
     "hqq": ({"W_q": torch.zeros(8, 8, dtype=U8), "scale": torch.ones(1), "zero": torch.ones(1)}, {}, "HQQ"),
     "nan": ({**SVDQ, "smooth": torch.full((256,), float("nan"), dtype=torch.bfloat16)}, {}, "smooth_factor holds NaN"),
     "rank 8": ({**SVDQ, "lora_down": torch.zeros(256, 8), "lora_up": torch.zeros(256, 8)}, {}, "multiple of 16, not 8"),
@@ -54,6 +57,27 @@ def test_refused_with_one_sentence(name, tmp_path):
         load(path)
     assert "\n" not in str(caught.value) and str(tmp_path) not in str(caught.value)
     assert str(caught.value).count(". ") >= 1, "what, and what to do"
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_scaled_fp8_with_its_mark_is_no_stranger(prefix, tmp_path):
+    """The mark stands for all layers below its own name, and for no others."""
+    layer = {"weight": torch.zeros(8, 8).to(F8), "scale_weight": torch.ones(())}
+    tensors = {f"{prefix}a.{n}": t.clone() for n, t in layer.items()} | {f"{prefix}scaled_fp8": torch.zeros(2).to(F8)}
+    save_file(tensors, tmp_path / "scaled.safetensors")
+    assert inspect(tmp_path / "scaled.safetensors").rows
+    if prefix:
+        save_file(tensors | {f"clip.b.{n}": t for n, t in layer.items()}, tmp_path / "odd.safetensors")
+        with pytest.raises(CheckpointError, match=r"layer clip\.b: its fp8 weight has a scale"):
+            load(tmp_path / "odd.safetensors")
+
+
+def test_inspect_takes_weights_of_no_size_and_nested_records(tmp_path):
+    tensors = {"blocks.0.attn.q.weight": torch.zeros(0, 64), "blocks.0.attn.k.weight": torch.zeros(64, 0)}
+    save_file(tensors, tmp_path / "empty.safetensors", {"nibble": "[" * 100_000})
+    found = inspect(tmp_path / "empty.safetensors")
+    assert found.record == {} and found.totals()["keep"]["bits"] == 0
+    assert "empty.safetensors" in found.table() and found.to_json()
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "tinychat", "gptq", "cozy", "logical", "kitchen", "modelopt", "sdnq", "hqq"])
