@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,15 +51,18 @@ def load_pipeline(folder: str | Path, device: str | None = None, waiting: bool =
 
     quiet.libraries()  # again: some of their switches exist only now
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
+    index = folder / "model_index.json"
+    if not index.is_file():
         raise CheckpointError(
             folder.name, "not a diffusers pipeline folder", "Give a folder that holds model_index.json"
         )
+    parts = opened(folder, lambda: json.loads(index.read_bytes()).items())
+    absent = {name: None for name, kind in parts if kind == [None, None]}  # SD 3 without its T5
     device, dtype = device_and_dtype(device)
     # Newer versions warn of torch_dtype, older ones pass dtype over without a word
     named = "dtype" if 'kwargs.pop("dtype"' in inspect.getsource(DiffusionPipeline.from_pretrained) else "torch_dtype"
     pipe = opened(folder, lambda: DiffusionPipeline.from_pretrained(
-        str(folder), local_files_only=True, use_safetensors=True, **{named: dtype}))  # fmt: skip
+        str(folder), local_files_only=True, use_safetensors=True, **{named: dtype}, **absent))  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     parts = [p for p in pipe.components.values() if isinstance(p, nn.Module)]
     for part in parts:

@@ -51,7 +51,7 @@ def test_a_flow_model_has_no_preset_of_it_and_the_sentence_says_how(family):
         "sampling": {"sampler": "euler", "schedule": "simple", "steps": 4, "cfg": 1.0}
     }
     facts = Facts(family, "Class", (File("mine.safetensors", 1.0, written("phased", 4, "node")),))
-    with pytest.raises(ValueError, match="mine.safetensors says .* phased; .*sampler euler, .* 4 steps, cfg 1"):
+    with pytest.raises(ValueError, match=r"mine\.safetensors says .* phased; .*sampler euler, .* 4 steps, cfg 1"):
         detect(facts)
 
 
