@@ -26,6 +26,7 @@ FAMILY_OF = {
     "ErnieImageTransformer2DModel": "ernie",
 }
 DEMO = "demo"
+PEFT = "adapter_model.safetensors"  # of an adapter's folder
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def of_domain(pipe) -> str | None:
 
 
 def file_of(path: Path, strength: float | None = None) -> detect.File:
-    """What the name and the header of a file say. A folder, or what is no safetensors file, has its name alone."""
+    """What the name and the header of a file say. What is neither safetensors nor PEFT has its name alone."""
     try:
-        head = header.read(path)
+        head = header.read(path / PEFT if path.is_dir() else path)
     except CheckpointError:
         return detect.File(path.name, strength)
     return detect.File(path.name, strength, head.metadata)
@@ -82,8 +83,8 @@ def facts(pipe, folder: Path, loras: Iterable[tuple[Path, float]], quantized: Pa
 
 
 def distillation(known: detect.Facts) -> detect.Match | None:
-    """The preset that a LoRA of ``known`` makes the model's, or None where none is a distillation."""
-    loras = replace(known, files=tuple(f for f in known.files if f.strength is not None))
+    """The preset of a LoRA of ``known`` that is a distillation, or of a full LCM; None where there is neither."""
+    loras = replace(known, files=tuple(f for f in known.files if f.strength is not None or f.keys))
     match = detect.find(loras) if known.family else None
     return match if match is not None and match.file is not None else None
 

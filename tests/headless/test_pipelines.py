@@ -2,6 +2,7 @@
 its own way of naming guidance, from words, a picture and a mask.
 """
 
+import inspect
 import sys
 from pathlib import Path
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 from comfyui_nibble.headless import draw, few_steps, pipeline
 from comfyui_nibble.headless.cli import main
-from diffusers import FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -107,6 +114,47 @@ def test_a_flux_is_told_its_guidance_and_takes_a_negative_prompt(run, seen):
     assert [g for _, g in seen[1:]] == [2.0, 2.0]
     _, said = run("flux_schnell", "--steps", 1, "--preset", "none")
     assert seen[-1][1] is None and "preset" not in said
+
+
+@pytest.mark.parametrize("more", [[], ["--lcm"]])
+def test_a_full_lcm_is_known_by_its_guidance_embedding(more, run, seen, monkeypatch):
+    told, embedding = [], StableDiffusionPipeline.get_guidance_scale_embedding
+
+    def listen(self, w, **kwargs):
+        told.append(float(w.flatten()[0]))
+        return embedding(self, w, **kwargs)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "get_guidance_scale_embedding", listen)
+    _, said = run("full_lcm", *more)
+    assert [t for t, _ in seen] == [999, 759, 499, 259] and "preset lcm_full_sd15" in said
+    run("full_lcm", *more, "--guidance", 5)
+    assert told == [7.0, 4.0]  # omega counts from 0
+
+
+def test_guidance_by_the_names_that_pipelines_have_for_it():
+    class Plain:
+        def __call__(self, prompt, guidance_scale=7.5): ...
+
+    class ZImagePipeline:
+        def __call__(self, prompt, guidance_scale=5.0): ...
+
+    class Both:
+        def __call__(self, prompt, true_cfg_scale=4.0, guidance_scale=None): ...
+
+    class BuiltIn(Plain):
+        pass
+
+    for kind, cfg, guidance, want, own in (
+        (Plain, 3.0, None, {"guidance_scale": 3.0}, 7.5),
+        (ZImagePipeline, 1.0, None, {"guidance_scale": 0.0}, 6.0),
+        (Both, 2.0, 3.5, {"true_cfg_scale": 2.0, "guidance_scale": 3.5}, 4.0),
+        (Both, 1.0, None, {"true_cfg_scale": 1.0}, 4.0),
+        (BuiltIn, 2.0, 4.0, {"guidance_scale": 4.0}, 1.0),
+    ):
+        pipe = kind()
+        pipe.transformer = type("Net", (), {"config": {"guidance_embeds": kind is BuiltIn}})()
+        takes = inspect.signature(kind.__call__).parameters
+        assert pipeline.guided(pipe, takes, cfg, guidance) == want and pipeline.own_cfg(pipe) == own
 
 
 def test_the_class_alone_says_schnell(run, seen):

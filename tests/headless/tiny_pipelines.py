@@ -64,10 +64,12 @@ def vae(channels: int = 4, **more) -> AutoencoderKL:
                          sample_size=64, **more)  # fmt: skip
 
 
-def sd(cross: int = WIDTH, prediction: str = "epsilon") -> StableDiffusionPipeline:
-    return StableDiffusionPipeline(vae(), clip(width=cross), tokenizer(), UNet2DConditionModel(**{**UNET,
-                                   "cross_attention_dim": cross}), DDIMScheduler(**TRAINED, prediction_type=prediction),
-                                   None, None, requires_safety_checker=False)  # fmt: skip
+def sd(cross: int = WIDTH, prediction: str = "epsilon", **more) -> StableDiffusionPipeline:
+    unet = UNet2DConditionModel(**{**UNET, "cross_attention_dim": cross, **more})
+    scheduler = DDIMScheduler(**TRAINED, prediction_type=prediction)
+    return StableDiffusionPipeline(
+        vae(), clip(width=cross), tokenizer(), unet, scheduler, None, None, requires_safety_checker=False
+    )
 
 
 def sdxl() -> StableDiffusionXLPipeline:
@@ -103,7 +105,7 @@ def flux(guidance: bool) -> FluxPipeline:
 
 
 MAKERS = {"sd15": sd, "sd2": lambda: sd(1024, "v_prediction"), "sdxl": sdxl, "sd3": sd3, "flux": lambda: flux(True),
-          "flux_schnell": lambda: flux(False)}  # fmt: skip
+          "full_lcm": lambda: sd(time_cond_proj_dim=32), "flux_schnell": lambda: flux(False)}  # fmt: skip
 
 
 def write(kind: str, folder: Path) -> Path:
