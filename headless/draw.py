@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from .. import demo as shipped
-from ..checkpoints import header
 from ..lora.apply import apply
-from ..lora.read import read
+from ..lora.read import read_file
 from ..prompts import expand, sets, text
 from ..prompts.spec import AUTO, PROSE, SIDES, TAGS, Domain
 from ..reading.names import shown
@@ -47,7 +45,8 @@ def draw(args: Namespace, start: Callable[[int], None], on_step: Callable[[], No
     elif args.precision == "4-bit" and not pipeline.quantize(pipe, args.rank):
         say("no layer of this model can be in 4 bits: its widths are no multiples of 64. It is drawn in 16")
     for path, strength in loras:
-        add_lora(pipe, path, strength)
+        if left := add_lora(pipe, path, strength):
+            say(left)
     positive, negative, notes = worded(texts, args, domain, pipe, [path.name for path, _ in loras], plan)
     ready = conditions.ready(pipe, wish, usual_size(domain, pipe))
     few_steps.set_up(ready.pipe, plan, wish.denoise, ready.size)
@@ -94,12 +93,14 @@ def prompts_of(args: Namespace) -> list[str]:
 
 
 def split_strength(given: str) -> Lora:
-    """'file.safetensors:0.8' -> (file, 0.8); the strength may be left out. Raises ValueError for a missing file."""
+    """'file.safetensors:0.8' -> (file, 0.8); the strength may be left out. A PEFT adapter's folder is a file, too.
+    Raises ValueError for a missing one.
+    """
     name, colon, number = given.rpartition(":")
     path, strength = Path(given), 1.0
     if colon and not path.exists() and (value := _number(number)) is not None:
         path, strength = Path(name), value
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{shown(path.name)}: there is no such LoRA file")
     return path, strength
 
@@ -130,12 +131,12 @@ def planned(args: Namespace, pipe, folder: Path, loras: list[Lora]) -> tuple[few
     return replace(plan, notes=(*notes, *plan.notes)), loras
 
 
-def add_lora(pipe, path: Path, strength: float) -> None:
-    """Raises ValueError for a file that is no LoRA of this model."""
-    header.read(path)
-    report = apply(pipeline.denoiser(pipe), read(load_file(path)), strength)
+def add_lora(pipe, path: Path, strength: float) -> str:
+    """A sentence where only a part of the file is applied, else "". Raises ValueError for no LoRA of this model."""
+    report = apply(pipeline.denoiser(pipe), read_file(path), strength)
     if not report.applied:
         raise ValueError(f"{path.name}: no layer of this model is in it ({report.summary()})")
+    return "" if report.whole else f"{shown(path.name)}: {report.summary()}"
 
 
 def worded(texts: list[str], args: Namespace, domain: Domain | None, pipe, loras: list[str],

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..checkpoints import header
 from ..checkpoints.errors import CheckpointError
 from ..demo import parts
+from ..lora import peft
 from ..sampling import detect, levels, ordinary, table
 from ..sampling.preset import FAMILIES, Preset
 from ..sampling.presets import of_family
@@ -26,7 +27,6 @@ FAMILY_OF = {
     "ErnieImageTransformer2DModel": "ernie",
 }
 DEMO = "demo"
-PEFT = "adapter_model.safetensors"  # of an adapter's folder
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def of_domain(pipe) -> str | None:
 def file_of(path: Path, strength: float | None = None) -> detect.File:
     """What the name and the header of a file say. What is neither safetensors nor PEFT has its name alone."""
     try:
-        head = header.read(path / PEFT if path.is_dir() else path)
+        head = header.read(path / peft.WEIGHTS if path.is_dir() else path)
     except CheckpointError:
         return detect.File(path.name, strength)
     return detect.File(path.name, strength, head.metadata)

@@ -26,7 +26,7 @@ ALLOWED = {
     "nodes": CORE,
     "headless": CORE,
     "training": {"lora", "sampling", "quant", "reading"},
-    "lora": {"checkpoints.families", "quant", "reading"},
+    "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
     "checkpoints": {"quant"},
     "demo": {"metrics", "training", "adapters", "reading"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
