@@ -156,6 +156,8 @@ def worded(texts: list[str], args: Namespace, domain: Domain | None, pipe, loras
         notes.append(f"{type(pipe).__name__} takes no negative prompt in diffusers: it has no effect")
     if plan.cfg > 1 and "true_cfg_scale" not in takes and pipeline.has_guidance(pipe):
         notes.append("cfg has no effect: this model's guidance is built in, and --guidance sets it")
+    if args.guidance is not None and not pipeline.has_guidance(pipe):
+        notes.append("--guidance has no effect: this model has none built in, and --cfg sets it")
     return texts, negative, notes
 
 

@@ -206,6 +206,8 @@ def test_a_negative_prompt_changes_the_picture_or_it_is_said(draw):
     assert mean_psnr(base, other) < 40
     _, said = draw("red apple", *PLAIN, "--steps", 1, "--negative", "red", "--cfg", 1)
     assert "the negative prompt has no effect at cfg 1" in said
+    _, said = draw("red apple", *PLAIN, "--steps", 1, "--guidance", 3)
+    assert "--guidance has no effect" in said
 
 
 def test_what_a_domain_names_is_said_or_used(draw, words):
