@@ -36,11 +36,10 @@ class NibbleSVDQuantLayout(TensorCoreSVDQuantW4A4Layout):
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params) -> Tensor:
-        """(N, K), branch included. Kitchen sends an identity matrix through 4-bit activations instead."""
+        """(N, K), branch included; whoever asked transposes it. Kitchen sends an identity through 4-bit activations."""
         shape = tuple(params.orig_shape[::-1]) if params.transposed else params.orig_shape
         plain = dataclasses.replace(params, orig_shape=shape, transposed=False)
-        dense = svdquant.dequantize(unwrap(QuantizedTensor(qdata, SVDQUANT_LAYOUT, plain))).to(params.orig_dtype)
-        return dense.t() if params.transposed else dense
+        return svdquant.dequantize(unwrap(QuantizedTensor(qdata, SVDQUANT_LAYOUT, plain))).to(params.orig_dtype)
 
 
 def _svdquant(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:

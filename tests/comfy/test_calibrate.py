@@ -2,6 +2,7 @@
 twice.
 """
 
+import math
 import time
 
 import pytest
@@ -57,7 +58,7 @@ def latent_of(server, graph) -> torch.Tensor:
     return server.latent(server.done(graph), "save").flatten().double()
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "sd15"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "flux2", "sd15"])
 def test_samples_like_the_float_model_and_reports(family, server, float_model):
     name = float_model(family)
     expected = latent_of(server, workflow(family, stock(name), size=64))
@@ -67,16 +68,30 @@ def test_samples_like_the_float_model_and_reports(family, server, float_model):
     text = result.text("report")
     assert "layers by preset fast" in text and "are calibrated" in text and "| svdquant_w4a4 |" in text
     assert server.image(result, "chart").shape == (420, 1024, 3)
+    # layers after a GELU: two of FLUX.1's double block, three of SD3's (its last text half has none), none elsewhere
+    unsigned = {"flux": 2, "sd3": 3, "flux2": 0, "sd15": 0}[family]
+    assert text.count("| unsigned |") == unsigned
+    assert (f"{unsigned} have unsigned activations" in text) is (unsigned > 0)
 
 
-def test_calibrated_is_closer_than_data_free(server, float_model):
-    name = float_model("flux")
-    expected = latent_of(server, workflow("flux", stock(name), size=64))
-    errors = {}
-    for preset in ("data_free", "fast"):
-        got = latent_of(server, calibrated("flux", name, preset=preset))
-        errors[preset] = float((got - expected).square().sum() / expected.square().sum())
-    assert errors["fast"] < errors["data_free"]
+def errors(table: str) -> list[tuple[float, float]]:
+    """(error, data-free error) of every measured layer in a report, on tokens that its calibration did not see. (A
+    modulation of FLUX.1 sees too few to keep some back.)
+    """
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "| error |" not in line]
+    return [(float(r[4]), float(r[5])) for r in rows if "-" not in (r[4].strip(), r[5].strip())]
+
+
+@pytest.mark.parametrize(("family", "layers"), [("flux", 10), ("flux2", 10), ("sd3", 17)])
+def test_calibrated_is_closer_than_data_free(family, layers, server, float_model):
+    """Over all layers, each by its own outputs. (One picture of a tiny model is a tie: an activation that rounds the
+    other way on another processor moves it by as much as the two differ.)
+    """
+    found = errors(server.done(calibrated(family, float_model(family))).text("report"))
+    assert len(found) == layers and all(error <= free for error, free in found)
+    ratio = math.exp(sum(math.log(error / free) for error, free in found) / layers)
+    print(f"{family}: {ratio:.3f} of the data-free error")
+    assert ratio < 0.75
 
 
 def test_saved_file_reloads_to_the_same_images(server, float_model):
@@ -126,6 +141,7 @@ def test_a_lora_before_is_baked_in(server, float_model, tmp_path):
     }
     direct["sample"]["inputs"]["model"] = ["lora", 0]
     expected, without, got = (latent_of(server, x) for x in (direct, plain, baked))
+    print(f"{float((got - expected).norm() / (without - expected).norm()):.3f} of the distance without the LoRA")
     assert (got - expected).norm() < 0.7 * (without - expected).norm()
 
 

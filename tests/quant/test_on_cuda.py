@@ -172,3 +172,12 @@ class TestWhoMultiplies:
         monkeypatch.setattr(cuda, "_EXT_AVAILABLE", True)
         monkeypatch.setattr(machine, "capability", lambda device: sm)
         return called
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_transposed_weight_is_the_weight_transposed(layout, weights):
+    """Torch multiplies a slice of one row by W^T made dense; a second transposition there is silent where N = K."""
+    weight = weights(layout, torch.float32)
+    dense, x = kernels.dense(weight), torch.randn(1, 3, K)
+    assert torch.equal(weight.t().dequantize(), dense.t())
+    assert torch.allclose(torch.matmul(x, weight.t()), linear(x, weight), atol=1e-4)
