@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +49,13 @@ class Conversion:
     file_bytes: int
 
     def summary(self) -> str:
-        """One line: how many layers, and the bytes before and after."""
+        """One line: how many layers in which schemes, and the bytes before and after."""
+        counts = Counter("16 bits" if x.plan.scheme == KEEP else x.plan.scheme for x in self.layers).most_common()
+        forms = ", ".join(f"{n}{' layers' * (i == 0)} in {form}" for i, (form, n) in enumerate(counts)) or "no layer"
         before, after = sum(x.before for x in self.layers), sum(x.after for x in self.layers)
         share = f", their weights {after / before:.2f}x of 16 bits" if before else ""
         size = f"{self.source_bytes / 2**20:.1f} MiB -> {self.file_bytes / 2**20:.1f} MiB"
-        return f"{self.family}: {len(self.layers)} layers in 4 bits{share}; file {size}"
+        return f"{self.family}: {forms}{share}; file {size}"
 
 
 def plan_source(source: Source, rank: int) -> dict[str, LayerPlan]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import logging
 import os
@@ -24,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..reading import picture
 
 log = logging.getLogger(__name__)
 
@@ -122,11 +123,8 @@ def read_emoji(package: Path, hold_out: float = 0.05, seed: int = 0) -> list[Emo
     return out
 
 
-def to_canvas(picture: Image.Image) -> np.ndarray:
-    """RGBA picture -> (SIZE, SIZE, 3) uint8 on white with `MARGIN` on every side."""
-    rgba = picture.convert("RGBA")
-    flat = Image.new("RGB", rgba.size, "white")
-    flat.paste(rgba, mask=rgba)
+def to_canvas(flat: Image.Image) -> np.ndarray:
+    """Picture -> (SIZE, SIZE, 3) uint8 on white with `MARGIN` on every side."""
     inner = SIZE - 2 * MARGIN
     canvas = Image.new("RGB", (SIZE, SIZE), "white")
     canvas.paste(flat.resize((inner, inner), Image.Resampling.LANCZOS), (MARGIN, MARGIN))
@@ -142,7 +140,7 @@ def read_images(package: Path, vendor: str, names: list[str]) -> np.ndarray:
         for member in tar:
             i = wanted.get(member.name)
             if i is not None:
-                out[i] = to_canvas(Image.open(io.BytesIO(tar.extractfile(member).read())))
+                out[i] = to_canvas(picture.decoded(tar.extractfile(member).read(), member.name))
                 found += 1
     if found != len(names):
         raise ValueError(f"{package.name}: {found} of {len(names)} pictures found")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..reading import picture as pictures
 from . import REFERENCES
 
 SIDE, SHEET = 32, 20
@@ -45,7 +46,7 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
 def load(style: str = "noto", folder: Path = NAMES.parent) -> References:
     """The references of ``style``, "noto" or "twemoji", as `save` wrote them."""
     names = json.loads((folder / NAMES.name).read_text(encoding="utf-8"))
-    sheet = np.asarray(Image.open(folder / REFERENCES[style].name).convert("RGB"), np.float32) / 255
+    sheet = np.asarray(pictures.read(folder / REFERENCES[style].name), np.float32) / 255
     rows = sheet.shape[0] // SIDE
     cells = sheet.reshape(rows, SIDE, SHEET, SIDE, 3).swapaxes(1, 2).reshape(rows * SHEET, SIDE, SIDE, 3)
     return References(tuple(tuple(n) for n in names), cells[: len(names)])

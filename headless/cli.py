@@ -7,7 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from . import convert, distill, profile, prompts, train
+from ..reading.names import shown
+from . import convert, distill, generate, profile, prompts, quiet, train
 
 OFFERED = ("data_free", "fast", "best")  # quant.calib.presets.OFFERED, said again so that --help need not load torch
 TARGETS = (
@@ -56,27 +57,6 @@ def _add_quantize(commands) -> None:
     quantize.set_defaults(run=run_quantize)
 
 
-def _add_generate(commands) -> None:
-    generate = commands.add_parser("generate", help="draw pictures from a prompt")
-    generate.add_argument("prompt", nargs="+", help="one prompt per picture; quote each")
-    generate.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
-    generate.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
-    generate.add_argument(
-        "--precision", choices=["4-bit", "16-bit"], default="4-bit", help="without --quantized: quantize now or not"
-    )
-    generate.add_argument("--rank", type=int, default=32, help="rank when quantizing now (default 32)")
-    generate.add_argument(
-        "--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be given several times"
-    )
-    generate.add_argument("--domain", help="expand the prompts by this domain's template, e.g. emoji")
-    generate.add_argument("--steps", type=int, default=25, help="steps; up to 8 with --lcm (default 25)")
-    generate.add_argument("--lcm", action="store_true", help="LCM sampling; for the demo model its LCM LoRA is added")
-    generate.add_argument("--cfg", type=float, help="guidance scale (default 3, or 1 with --lcm)")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--out", type=Path, default=Path("nibble-out"), help="folder for the pictures")
-    generate.set_defaults(run=run_generate)
-
-
 def _add_inspect(commands) -> None:
     inspect = commands.add_parser("inspect", help="say what a model file is, layer by layer")
     inspect.add_argument("file", type=Path)
@@ -87,9 +67,9 @@ def _add_inspect(commands) -> None:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="nibble", description="4-bit diffusion: quantize, generate, inspect.")
     commands = top.add_subparsers(dest="command", required=True)
-    for add in (_add_demo, _add_quantize, _add_generate, _add_inspect):
+    for add in (_add_demo, _add_quantize, _add_inspect):
         add(commands)
-    for topic in (convert, prompts, profile, train, distill):
+    for topic in (generate, convert, prompts, profile, train, distill):
         topic.add_command(commands)
     return top
 
@@ -165,15 +145,6 @@ def run_calibrate(args) -> None:
     print(result.path)
 
 
-def run_generate(args) -> None:
-    from .generate import generate
-
-    steps = args.steps if not args.lcm else min(args.steps, 8)
-    with bar(steps, "steps") as progress:
-        for path in generate(args, steps, progress.update, lambda text: print(f"nibble: {text}", file=sys.stderr)):
-            print(path)
-
-
 def run_inspect(args) -> None:
     from ..checkpoints.inspect import inspect
 
@@ -181,14 +152,22 @@ def run_inspect(args) -> None:
     print(found.to_json() if args.json else found.table())
 
 
+def sentence(error: Exception) -> str:
+    """What went wrong; for an error of the disk, with the file's name."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{shown(Path(str(error.filename or '')).name) or 'the disk'}: {error.strerror}"
+    return str(error)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; a bad file or value ends in one sentence and exit status 1."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
     args = parser().parse_args(argv)
     try:
-        args.run(args)
-    except (ValueError, FileNotFoundError) as e:
-        print(f"nibble: {e}", file=sys.stderr)
+        with quiet.quiet():
+            args.run(args)
+    except (ValueError, OSError) as e:
+        print(f"nibble: {sentence(e)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("nibble: stopped", file=sys.stderr)

@@ -139,7 +139,9 @@ def _about(args: argparse.Namespace) -> dict:
 def run_distill(args: argparse.Namespace) -> None:
     """``nibble distill``: see `add_command`."""
     from ..checkpoints.save import record, save
+    from ..sampling import distilled
     from ..training.loop import Watch
+    from . import few_steps
 
     _free(args.out)
     both = load(args)
@@ -147,9 +149,10 @@ def run_distill(args: argparse.Namespace) -> None:
         step, tell = _shown(bar)
         loras, outcome = distill(args, both, Watch(step), tell)
     about = {k: getattr(args, k) for k in ("way", "updates", "batch", "rank", "rate", "cfg", "steps", "seed")}
-    info = {"modelspec.title": args.out.stem, "nibble_distill": json.dumps(about, sort_keys=True)}
+    info = {"modelspec.title": args.out.stem, distilled.KEY: json.dumps(about, sort_keys=True)}
     state = loras.state_dict(rename=train.native_names(both.pipe.unet))
-    save(args.out, state, info | record(method=f"distill {args.way}"))
+    sampled = distilled.record(args.way, args.steps, few_steps.family(both.pipe))
+    save(args.out, state, info | record(method=f"distill {args.way}", **sampled))
     if args.work is None:
         shutil.rmtree(_work(args), ignore_errors=True)
     train.say(f"{args.way}: {outcome.before:.5f} -> {outcome.after:.5f} in {outcome.seconds:.0f} s\n{args.out}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from ..quant.modules import install, linear_shapes, quantize_module
 from ..quant.parts import dequantize, take_rows
 from ..quant.policy import LayerPlan, plan
 from ..quant.schemes import KEEP
+from . import quiet
 
-FEW_STEPS = 8  # up to here the LCM scheduler and its LoRA are used
+FROM_ZERO = ("ZImage", "Krea2")  # pipelines whose guidance_scale is 0 where others' is 1
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,21 @@ def load_pipeline(folder: str | Path, device: str | None = None, waiting: bool =
     GPU gets it once it is small. Raises CheckpointError for another folder.
     """
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
 
+    quiet.libraries()  # again: some of their switches exist only now
     folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
+    index = folder / "model_index.json"
+    if not index.is_file():
         raise CheckpointError(
             folder.name, "not a diffusers pipeline folder", "Give a folder that holds model_index.json"
         )
+    parts = opened(folder, lambda: json.loads(index.read_bytes()).items())
+    absent = {name: None for name, kind in parts if kind == [None, None]}  # SD 3 without its T5
     device, dtype = device_and_dtype(device)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns of a VAE class other than the one its type hints name
-    pipe = DiffusionPipeline.from_pretrained(
-        str(folder), torch_dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    # Newer versions warn of torch_dtype, older ones pass dtype over without a word
+    named = "dtype" if 'kwargs.pop("dtype"' in inspect.getsource(DiffusionPipeline.from_pretrained) else "torch_dtype"
+    pipe = opened(folder, lambda: DiffusionPipeline.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True, **{named: dtype}, **absent))  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     parts = [p for p in pipe.components.values() if isinstance(p, nn.Module)]
     for part in parts:
@@ -66,9 +71,23 @@ def load_pipeline(folder: str | Path, device: str | None = None, waiting: bool =
     return pipe
 
 
+def opened(folder: Path, load: Callable):
+    """What ``load`` gives of a folder in diffusers' or transformers' layout. Raises CheckpointError for one that it
+    cannot read, whatever the libraries raise.
+    """
+    try:
+        return load()
+    except Exception as e:
+        why = " ".join(str(e).split())[:160] or type(e).__name__
+        raise CheckpointError(folder.name, f"it cannot be loaded ({why})", "Download or save the folder again") from e
+
+
 def denoiser(pipe) -> nn.Module:
-    """The pipeline's UNet or transformer."""
-    return getattr(pipe, "unet", None) or pipe.transformer
+    """The pipeline's UNet or transformer. Raises ValueError for one that has neither."""
+    found = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if found is None:
+        raise ValueError(f"{type(pipe).__name__} has neither a UNet nor a transformer. Use it in diffusers itself")
+    return found
 
 
 def family_of(module: nn.Module) -> FamilySpec:
@@ -186,42 +205,92 @@ def use_few_steps(pipe) -> None:
 
 def sample(
     pipe,
-    prompts: list[str],
+    prompts: Sequence[str],
     steps: int,
     cfg: float,
     seed: int,
-    negative: str = "",
+    negative: str | Sequence[str] = "",
     width: int | None = None,
     height: int | None = None,
     on_step: Callable[[], None] | None = None,
+    guidance: float | None = None,
+    more: Mapping | None = None,
 ) -> list[np.ndarray]:
-    """One picture (H, W, 3) in [0, 1] per prompt; picture i starts from the noise of ``seed`` + i."""
-    scale = getattr(pipe, "vae_scale_factor", 8)
-    module = denoiser(pipe)
-    side = module.config.sample_size
-    h, w = (height or side * scale) // scale, (width or side * scale) // scale
-    noise = [
-        torch.randn(1, module.config.in_channels, h, w, generator=generator(seed + i)) for i in range(len(prompts))
-    ]
+    """One picture (H, W, 3) in [0, 1] per prompt; picture i starts from the noise of ``seed`` + i.
 
-    def callback(_pipe, _step, _t, values):
-        if on_step is not None:
-            on_step()
+    ``cfg``: as ComfyUI counts, 1 for none. ``guidance``: what is built into the model (FLUX.1, a full LCM); None: the
+    pipeline's own. ``width``, ``height``: pixels, by default the model's. ``more``: further arguments of the pipeline.
+    """
+    takes = inspect.signature(type(pipe).__call__).parameters
+
+    def after_step(_pipe, _step, _t, values):
+        on_step()
         return values
 
-    out = pipe(
-        prompt=prompts,
-        negative_prompt=[negative] * len(prompts) if cfg > 1 else None,
+    given = dict(
+        prompt=list(prompts),
         num_inference_steps=steps,
-        guidance_scale=cfg,
-        latents=torch.cat(noise).to(pipe.device, module.dtype),
         generator=[generator(seed + i) for i in range(len(prompts))],
-        height=h * scale,
-        width=w * scale,
         output_type="np",
-        callback_on_step_end=callback,
+        **guided(pipe, takes, cfg, guidance),
+        **(more or {}),
     )
-    return list(out.images)
+    given |= {"width": width or own_side(pipe), "height": height or own_side(pipe)}
+    if "negative_prompt" in takes:
+        every = [negative] * len(prompts) if isinstance(negative, str) else list(negative)
+        given["negative_prompt"] = every if cfg > 1 else None
+    if "callback_on_step_end" in takes and on_step is not None:
+        given["callback_on_step_end"] = after_step
+    if "latents" in takes and "strength" not in takes and (shape := latent_shape(pipe, given)) is not None:
+        # Drawn in 32 bits on the CPU, so that every machine and precision starts from the same noise
+        noise = [torch.randn(1, *shape, generator=generator(seed + i)) for i in range(len(prompts))]
+        given["latents"] = torch.cat(noise).to(pipe.device, denoiser(pipe).dtype)
+    return list(pipe(**{k: v for k, v in given.items() if k in takes}).images)
+
+
+def guided(pipe, takes: Mapping, cfg: float, guidance: float | None) -> dict[str, float]:
+    """``cfg`` and ``guidance`` by the names that the pipeline has for them."""
+    built_in = {} if guidance is None else {"guidance_scale": guidance}
+    if "true_cfg_scale" in takes:
+        return {"true_cfg_scale": cfg, **built_in}
+    if has_guidance(pipe):
+        return built_in
+    return {"guidance_scale": cfg - 1 if type(pipe).__name__.startswith(FROM_ZERO) else cfg}
+
+
+def own_cfg(pipe) -> float:
+    """The guidance scale that diffusers gives the pipeline where nobody says one, as ComfyUI counts."""
+    takes = inspect.signature(type(pipe).__call__).parameters
+    if "true_cfg_scale" not in takes and has_guidance(pipe):
+        return 1.0
+    value = takes["true_cfg_scale" if "true_cfg_scale" in takes else "guidance_scale"].default
+    return float(value) + (1 if type(pipe).__name__.startswith(FROM_ZERO) else 0)
+
+
+def has_guidance(pipe) -> bool:
+    """Whether the denoiser is told a guidance scale, which it was distilled with."""
+    config = denoiser(pipe).config
+    return bool(config.get("guidance_embeds") or config.get("time_cond_proj_dim"))
+
+
+def scale_of(pipe) -> int:
+    """Pixels of a latent's pixel, on each side."""
+    return getattr(pipe, "vae_scale_factor", 8)
+
+
+def own_side(pipe) -> int:
+    """The side in pixels of the square that the model draws by default."""
+    config = denoiser(pipe).config
+    side = config.get("sample_size") or getattr(pipe, "default_sample_size", None) or 128
+    return (side if isinstance(side, int) else max(side)) * scale_of(pipe)
+
+
+def latent_shape(pipe, given: Mapping) -> tuple[int, int, int] | None:
+    """(C, h, w) of a picture's noise for a UNet; None for transformers, which pack theirs each in its own way."""
+    module = getattr(pipe, "unet", None)
+    if module is None:
+        return None
+    return module.config.out_channels, given["height"] // scale_of(pipe), given["width"] // scale_of(pipe)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -166,6 +166,21 @@ def read(format: Format, path: Path) -> list[Entry]:
     return found
 
 
+def texts(path: Path) -> list[str]:
+    """The prompts of a file in their order, repeats too, by its ending: .jsonl, .csv, or else one a line.
+
+    Raises ValueError in one sentence for a file without any, and as `read` does.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    entries = read(FORMATS[kind if kind in ("jsonl", "csv") else "text"], path)
+    found = [words for words in (clean(entry.text) for entry in entries) if words]
+    long = next((i for i, words in enumerate(found) if len(words) > MAX_LENGTH), None)
+    if long is not None or not found:
+        what = f"prompt {long + 1} has more than {MAX_LENGTH} characters" if found else "it has no prompt"
+        raise ValueError(f"{shown(path.name)}: {what}")
+    return found
+
+
 def usable(entries: Iterable[Entry]) -> list[Entry]:
     """The first caption of each picture, cleaned; repeats, empty ones and those over the length cap are left out."""
     keys, seen, out = set(), set(), []

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from . import distilled
 from .preset import FAMILIES, Preset
 from .presets import PRESETS, of_family, preset, require_family
 
 AUTO = "auto"
 PRESET_KEY = "nibble.preset"  # metadata of files that this pack wrote
-RECORD_KEY = "nibble"  # ... or inside its JSON record
 TITLE_KEYS = ("modelspec.title", "ss_output_name")
 GUIDANCE_KEY = "time_embedding.cond_proj.weight"  # a full LCM's guidance embedding, in diffusers' names
 MODEL_FILE = re.compile(r"\.(safetensors|sft|gguf|ckpt|pth?|bin)$", re.IGNORECASE)
@@ -97,14 +96,18 @@ def detect(facts: Facts) -> Match:
     """The preset for ``facts`` by the first rule that finds one. Raises ValueError in words that say what to do."""
     if facts.family is None:
         raise ValueError(
-            f"this model (ComfyUI class {facts.class_name}) is of a family without few-step presets: "
+            f"this model (class {facts.class_name}) is of a family without few-step presets: "
             f"there are presets for {', '.join(FAMILIES.values())}. Use ComfyUI's own sampler nodes"
         )
-    for rule in RULES:
-        match = rule(facts)
-        if match is not None:
-            return match
-    raise ValueError(_nothing(facts))
+    match = find(facts)
+    if match is None:
+        raise ValueError(_nothing(facts))
+    return match
+
+
+def find(facts: Facts) -> Match | None:
+    """As `detect`, but None where no rule finds one. Raises ValueError for files that contradict the model."""
+    return next((match for rule in RULES if (match := rule(facts)) is not None), None)
 
 
 def choose(choice: str, facts: Facts) -> Match:
@@ -118,12 +121,23 @@ def choose(choice: str, facts: Facts) -> Match:
 
 
 def by_metadata(facts: Facts) -> Match | None:
-    """What a file says of itself: the preset that this pack wrote into it."""
+    """What a file says of itself: the preset that this pack wrote into it, or how this pack distilled it.
+
+    Raises ValueError where the model's family has no preset for that.
+    """
     for file in facts.files:
-        id = file.metadata.get(PRESET_KEY) or _record(file).get("preset")
-        if id in PRESETS:
+        told = distilled.told(file.metadata, facts.family)
+        id = file.metadata.get(PRESET_KEY) or distilled.object_of(file.metadata.get(distilled.RECORD)).get("preset")
+        if isinstance(id, str) and id in PRESETS:
             require_family(PRESETS[id], facts.family, facts.class_name)
-            return Match(PRESETS[id], 0, f"the metadata of {file.name} says preset {id}", file)
+            steps = distilled.steps_told(file.metadata) or (told.steps if told else 0)
+            return Match(PRESETS[id], steps, f"the metadata of {file.name} says preset {id}", file)
+        if told is not None:
+            why = f"the metadata of {file.name} says that it was distilled: {told.way}"
+            if not told.preset:
+                sample_with = distilled.words(told.way, told.steps)
+                raise ValueError(f"{why}; for this family there is no preset of it. Sample with {sample_with}")
+            return Match(PRESETS[told.preset], told.steps, why, file)
     return None
 
 
@@ -178,14 +192,6 @@ def _by_pattern(row: Preset, file: File, text: str) -> Match | None:
         return None
     steps = int(hit.groupdict().get("steps") or 0)
     return Match(row, steps if steps <= 50 else 0, "", file)
-
-
-def _record(file: File) -> dict:
-    try:
-        value = json.loads(file.metadata.get(RECORD_KEY, "{}"))
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _is_link(value) -> bool:

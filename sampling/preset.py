@@ -73,6 +73,7 @@ class Preset:
     eta               stochasticity of TCD; guidance: distilled guidance put into the conditioning; omega: guidance
                       scale embedded by a full LCM; lora, lora_strength: the LoRA that makes the model, if it is one
     of_class          taken when nothing but the model's class is known
+    distilled         what this pack's own distillations are sampled by, see distilled.py
     """
 
     id: str
@@ -97,6 +98,7 @@ class Preset:
     lora: str = ""
     lora_strength: float = 1.0
     of_class: bool = False
+    distilled: bool = False
 
     def __post_init__(self):
         for value, table, what in (

@@ -31,5 +31,5 @@ def require_family(row: Preset, family: str | None, class_name: str) -> None:
     fitting = ", ".join(p.id for p in of_family(family)) if family else ""
     remedy = f"Choose one of: {fitting}" if fitting else "Use ComfyUI's own sampler nodes"
     raise ValueError(
-        f"preset {row.id} is for {FAMILIES[row.family]} and this model is {is_} (ComfyUI class {class_name}). {remedy}"
+        f"preset {row.id} is for {FAMILIES[row.family]} and this model is {is_} (class {class_name}). {remedy}"
     )

@@ -147,7 +147,7 @@ def plan(preset: Preset, steps: int = 0, denoise: float = 1.0) -> Plan:
     """
     steps = steps or preset.steps
     if preset.fixed and steps != preset.steps:
-        raise ValueError(f"preset {preset.id} draws in one step only, not in {steps}: set steps to 0")
+        raise ValueError(f"preset {preset.id} draws in one step only, not in {steps}: set steps to 1")
     if denoise <= 0.0:
         return Plan(0)
     if preset.fixed and denoise < 1.0:

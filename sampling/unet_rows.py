@@ -77,6 +77,13 @@ PERFLOW = Preset(
     shown=(1000, 875, 750, 625, 500, 375, 250, 125), names=r"perflow", source=PERFLOW_README,
 )  # fmt: skip
 
+DISTILLED = Preset(
+    id="distilled_sd15", title="Distilled by this pack: phased, reflow, one step, progressive", family="sd15",
+    prediction="epsilon", schedule="trailing", steps=4, made_for=tuple(range(1, 65)), sampler="euler",
+    shown=TRAILING_4, names=NEVER, distilled=True,
+    source="https://github.com/nibble-4bit/ComfyUI-Nibble/blob/main/docs/distillation.md",
+)  # fmt: skip
+
 # The first row of a family whose pattern is in a file name wins: narrow patterns before wide ones.
 ROWS = (
     LCM_FULL,
@@ -120,4 +127,7 @@ ROWS = (
     replace(PERFLOW, id="perflow_sd21", family="sd2", prediction="velocity", cfg_at=()),
     replace(PERFLOW, id="perflow_sdxl", family="sdxl", prediction="ddim_eps", steps=6, made_for=(4, 5, 6), cfg=2.0,
             cfg_at=(), shown=(1000, 875, 750, 625, 500, 250)),
+    DISTILLED,
+    replace(DISTILLED, id="distilled_sd2", family="sd2"),
+    replace(DISTILLED, id="distilled_sdxl", family="sdxl"),
 )  # fmt: skip

@@ -28,7 +28,7 @@ ALLOWED = {
     "training": {"lora", "sampling", "quant", "reading"},
     "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
     "checkpoints": {"quant"},
-    "demo": {"metrics", "training", "adapters"},
+    "demo": {"metrics", "training", "adapters", "reading"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
     "quant": set(),
     "prompts": {"reading"},

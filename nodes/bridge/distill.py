@@ -19,7 +19,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from ...checkpoints import resume
 from ...checkpoints.save import record, save
 from ...reading import textfile
-from ...sampling.presets import of_family
+from ...sampling import distilled
 from ...training import distill as core
 from ...training import lora, paths
 from ...training.adapters import Adapters, linears
@@ -32,15 +32,6 @@ from .build import weight_of
 from .calibrate import encode, split, tell
 from .sampling import facts_of
 from .training import Live
-
-SAMPLING = {
-    "lcm": "sampler lcm, scheduler sgm_uniform or simple, 1 to 8 steps, cfg 1",
-    "lcf": "sampler lcm, scheduler sgm_uniform or simple, 1 to 8 steps, cfg 1",
-    "phased": "sampler euler, scheduler sgm_uniform, {steps} steps, cfg 1",
-    "reflow": "sampler euler, scheduler sgm_uniform, {steps} steps or more, cfg 1",
-    "one_step": "sampler euler, 1 step, cfg 1",
-    "progressive": "sampler euler, scheduler sgm_uniform, {steps} steps, cfg 1",
-}
 
 
 @dataclass(frozen=True)
@@ -188,14 +179,13 @@ def _signature(models: tuple, inputs: Inputs, settings: Settings) -> str:
 
 def _metadata(settings: Settings, model, title: str) -> dict[str, str]:
     """What the LoRA file says of itself: how it was made, on what, and how it is sampled."""
-    sampling = SAMPLING[settings.mode].format(steps=settings.steps)
     middle = max(0.0, settings.cfg - 1)
     omega = [max(0.0, middle - settings.omega), middle + settings.omega]
-    details = {**asdict(settings), "omega": omega, "base_sha256": fingerprint(model), "sampling": sampling}
-    rows = of_family(facts_of(model, []).family) if settings.mode in ("lcm", "lcf") else ()
-    preset = next(({"preset": p.id} for p in rows if p.prediction == "lcm" and p.omega is None), {})
-    about = record(method=f"distill {settings.mode}", **preset)
-    return {"modelspec.title": title, "nibble_distill": json.dumps(details, sort_keys=True), **about}
+    details = {**asdict(settings), "omega": omega, "base_sha256": fingerprint(model)}
+    details["sampling"] = distilled.words(settings.mode, settings.steps)
+    sampled = distilled.record(settings.mode, settings.steps, facts_of(model, []).family)
+    about = record(method=f"distill {settings.mode}", **sampled)
+    return {"modelspec.title": title, distilled.KEY: json.dumps(details, sort_keys=True), **about}
 
 
 def report(settings: Settings, outcome: core.Outcome, layers: int) -> str:
@@ -205,7 +195,7 @@ def report(settings: Settings, outcome: core.Outcome, layers: int) -> str:
     return "\n".join([
         f"| way | {settings.mode}: {core.MODES[settings.mode].summary} |",
         "|---|---|",
-        f"| sample with | {SAMPLING[settings.mode].format(steps=settings.steps)} |",
+        f"| sample with | {distilled.words(settings.mode, settings.steps)} |",
         f"| updates | {len(outcome.losses)} of {settings.batch} pictures, rate {settings.rate:g} |",
         f"| layers | {layers}, rank {settings.rank} |",
         f"| {what} | {outcome.before:.5f} -> {outcome.after:.5f} ({change:+.1%}) |",

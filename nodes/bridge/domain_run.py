@@ -17,7 +17,7 @@ from ... import demo
 from ...demo import parts
 from ...prompts import expand, record
 from ...prompts.spec import AUTO, Domain
-from ...sampling import detect
+from ...sampling import detect, ordinary
 from ...sampling.preset import Preset
 from ...sampling.presets import PRESETS
 from .. import files
@@ -27,16 +27,6 @@ log = logging.getLogger(__name__)
 IF_PRESENT, REQUIRED, NONE = "if present", "required", "none"
 FEW, ORDINARY = "few steps", "ordinary"
 FEW_STEPS_MAX = 12  # a preset of more steps is no few-step preset
-# family -> (sampler, scheduler, steps, cfg) of a model that is not distilled, as its makers or ComfyUI's templates do
-ORDINARY_RUNS = {
-    "demo": ("ddim", "ddim_uniform", 25, 3.0),
-    "sd15": ("dpmpp_2m", "karras", 25, 7.0),
-    "sd2": ("dpmpp_2m", "karras", 25, 7.0),
-    "sdxl": ("dpmpp_2m", "karras", 25, 6.0),
-    "sd3": ("dpmpp_2m", "sgm_uniform", 28, 4.5),
-    "qwen_image": ("euler", "simple", 20, 2.5),
-}
-OTHER_RUN = ("euler", "simple", 25, 1.0)
 
 
 @dataclass(frozen=True)
@@ -208,7 +198,7 @@ def _sampling(plan: Plan, family: str | None, model, size: tuple[int, int], grap
         steps = wish.steps or plan.steps
         ready = sampling.prepare(model, sampling.Run(row.id, steps, wish.seed, 1.0), size, graph)
         return ready.model, ready.sampler, ready.sigmas, ready.cfg, ready.preset.guidance
-    name, scheduler, steps, cfg = ORDINARY_RUNS.get(family, OTHER_RUN)
+    name, scheduler, steps, cfg = ordinary.run(family)
     levels = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(levels, scheduler, wish.steps or steps).cpu()
     return model, comfy.samplers.sampler_object(name), sigmas, cfg, None

@@ -10,6 +10,7 @@ import pytest
 import torch
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.quant import kernels, parts
+from comfyui_nibble.sampling.detect import Facts, File, detect
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -75,6 +76,10 @@ def test_every_way_gives_a_lora_that_stock_loaders_read(way, server):
     name = result.text("name")
     with safe_open(server.base / "output" / name, framework="pt") as f:
         keys, about = list(f.keys()), json.loads(f.metadata()["nibble_distill"])
+        record = json.loads(f.metadata()["nibble"])
+    match = detect(Facts("sd15", "SD15", (File(name, 1.0, {"nibble": json.dumps(record)}),)))
+    assert match.preset.id == record["preset"] == ("lcm_lora_sd15" if way == "lcm" else "distilled_sd15")
+    assert match.steps == record["sampling"]["steps"] == (1 if way == "one_step" else about["steps"])
     assert len(keys) == 3 * 70 and all(k.startswith("diffusion_model.") for k in keys)
     assert about["mode"] == way and about["omega"] == [2.0, 2.0] and len(about["base_sha256"]) == 32
     assert about["sampling"] in result.text("report") and "distance to the teacher's pictures" in result.text("report")

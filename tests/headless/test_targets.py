@@ -7,6 +7,7 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats.core_quant import StoredCore, write
+from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.headless import pipeline
 from comfyui_nibble.headless.cli import main
 from comfyui_nibble.metrics.images import mean_psnr
@@ -16,6 +17,7 @@ from comfyui_nibble.quant.core_low_rank import CoreLowRankWeight, rows
 from comfyui_nibble.quant.policy import TARGETS
 from safetensors.torch import load_file, save_file
 
+SAID = (*TARGETS, "awq_w4a16")
 PROMPTS, STEPS, CFG, SEED = ["red apple, flat style", "fox face, flat style"], 4, 3.0, 7
 PSNR = dict.fromkeys(TARGETS, 25.0) | {"int8_tensorwise": 40.0}
 
@@ -44,6 +46,16 @@ def written(tmp_path_factory):
         return done[target]
 
     return write
+
+
+def test_the_summary_says_what_is_in_the_file(tmp_path, capsys):
+    for target, said in (("int8_tensorwise", "70 layers in int8_tensorwise,"),
+                         ("svdquant_w4a4", " layers in svdquant_w4a4, ")):  # fmt: skip
+        assert main(["quantize", str(demo.MODEL), "--target", target, "--out", str(tmp_path / target)]) == 0
+        printed = capsys.readouterr().out
+        assert said in printed and "4 bits" not in printed
+        stored = inspect(tmp_path / target).totals()
+        assert all(f"{t['layers']}" in printed and scheme in printed for scheme, t in stored.items() if scheme in SAID)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -43,7 +43,7 @@ def test_denoise_takes_the_last_steps_of_a_longer_run():
         ("sdxl_turbo", 11, 1.0, "this schedule has 10 steps at denoise 1, not 11"),
         ("sdxl_turbo", 6, 0.5, "this schedule has 5 steps at denoise 0.5, not 6"),
         ("dmd2_sdxl_1step", 0, 0.5, "draws in one step from pure noise and has no image-to-image form"),
-        ("instaflow", 2, 1.0, "draws in one step only, not in 2: set steps to 0"),
+        ("instaflow", 2, 1.0, "draws in one step only, not in 2: set steps to 1"),
         ("perflow_sdxl", 3, 1.0, "use 4 or more steps"),
     ],
 )
