@@ -53,23 +53,6 @@ class Foreign:
     maker: str
 
 
-def capability() -> int | None:
-    """This machine's compute capability as 89 for sm_89; None without an NVIDIA GPU."""
-    import torch
-
-    if not torch.cuda.is_available() or torch.version.hip:
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
-
-
-def amd() -> bool:
-    """Whether this machine's GPU is AMD's."""
-    import torch
-
-    return bool(torch.version.hip) and torch.cuda.is_available()
-
-
 def headers(path: Path) -> tuple[list[Path], header.Header]:
     """The files of a model and their headers as one. Raises CheckpointError."""
     files = folder.files(path)

@@ -8,56 +8,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..quant import machine
 from ..quant.gguf_blocks import BLOCKS
 
-INT4, ROTATED, W4, INT8 = ((80, 89), (100, 129)), ((75, 89), (100, 129)), ((80, 129),), ((75, 129),)
-FP8, FP4, ANY = ((89, 129),), ((100, 129),), ((0, 999),)
-CARDS = {
-    INT4: "NVIDIA Ampere, Ada, Blackwell",
-    ROTATED: "NVIDIA Turing, Ampere, Ada, Blackwell",
-    W4: "NVIDIA Ampere and newer",
-    INT8: "NVIDIA Turing and newer",
-    FP8: "NVIDIA Ada, Hopper, Blackwell",
-    FP4: "NVIDIA Blackwell",
-    ANY: "any: computes in 16 bits",
-}
+# The kernel that a form's layers want (quant/machine.py), "" for weights that are made dense
+INT4, ROTATED, W4, W4A8, INT8, FP8, FP4, ANY = (*machine.KERNELS, "")
 DENSE, SLOWER = "it runs there too, at 16-bit speed", "it runs there too, slower"
 EMULATED = "it is emulated there at 16-bit speed, with a warning"
 CORE = "ComfyUI makes it 16-bit there"
 HOPPER, AMPERE = (90, 99), (80, 89)
-ASYM, TAKE_INT4 = "an asym_w4a8_int8 file of the model is faster", "the model's int4 file is faster"
+ASYM = HOPPER, "asym_w4a8_int8", "an asym_w4a8_int8 file of the model"
+TAKE_INT4 = AMPERE, "svdquant_w4a4", "the model's int4 file"
 WEIGHTS = "4-bit weights save memory, not time"
 
 
 @dataclass(frozen=True)
 class Form:
-    """``lossless``: what conversion to this pack's contract keeps. ``sm``: capabilities that run it natively;
-    ``otherwise``: what happens on others; ``instead``: (capabilities, what is better for those).
+    """``kernel``: what runs it natively; ``otherwise``: what happens on a machine that lacks it; ``instead``:
+    (capabilities, the form that is better for those, what it is called). ``lossless``: what conversion to this pack's
+    contract keeps.
     """
 
     id: str
     title: str
     written_by: str
-    sm: tuple[tuple[int, int], ...]
+    kernel: str
     otherwise: str
     lossless: str = "codes and scales, byte for byte"
     write: bool = True
     read: bool = True
-    instead: tuple[tuple[tuple[int, int], str], ...] = ()
+    instead: tuple[tuple[tuple[int, int], str, str], ...] = ()
 
     @property
     def native(self) -> str:
-        return CARDS[self.sm]
+        return machine.CARDS.get(self.kernel, "any: computes in 16 bits")
 
-    def runs_on(self, capability: int) -> bool:
-        """Whether compute capability ``capability`` (89 for sm_89) has the instructions."""
-        return any(low <= capability <= high for low, high in self.sm)
+    def better(self, here: machine.Machine) -> list[str]:
+        """What runs natively on the machine ``here``, where this form does not."""
+        if not self.kernel or not here.lacks(self.kernel) or here.sm is None:
+            return []
+        fit = ((other, words) for (low, high), other, words in self.instead if low <= here.sm <= high)
+        return [f"{words} is faster" for other, words in fit if not here.lacks(FORMS[other].kernel)]
 
 
 OURS, COMFY, NUNCHAKU = "this pack, comfy-quants", "ComfyUI, this pack", "nunchaku (deepcompressor)"
 SAME = "is it already"
-OF_INT4 = ((HOPPER, ASYM),)
-OF_FP4 = ((AMPERE, TAKE_INT4), (HOPPER, ASYM))
+OF_INT4, OF_FP4 = (ASYM,), (TAKE_INT4, ASYM)
 FORMS: dict[str, Form] = {
     f.id: f
     for f in (
@@ -68,7 +64,7 @@ FORMS: dict[str, Form] = {
         Form("weight_only", "GGUF or bitsandbytes codes in a safetensors file", "this pack", ANY, WEIGHTS, SAME),
         Form("nvfp4", "NVFP4", COMFY, FP4, CORE, SAME),
         Form("convrot_w4a4", "rotated int4", COMFY, ROTATED, DENSE, SAME),
-        Form("asym_w4a8_int8", "4-bit codebook or 6-bit codes, int8 activations", COMFY, W4, DENSE, SAME),
+        Form("asym_w4a8_int8", "4-bit codebook or 6-bit codes, int8 activations", COMFY, W4A8, DENSE, SAME),
         Form("int8_tensorwise", "int8", COMFY, INT8, DENSE, SAME),
         Form("mxfp8", "MXFP8", "ComfyUI", FP4, CORE, SAME, write=False),
         Form("float8_e4m3fn", "fp8", "ComfyUI and many others", FP8, CORE, SAME, False),
@@ -117,20 +113,19 @@ def table() -> str:
     return "\n".join([*lines, *(f"| {what} | {why} |" for what, why in REFUSED)])
 
 
-def advice(ids, capability: int | None, amd: bool = False) -> list[str]:
-    """A line for each form in ``ids``: where it runs natively, and what happens on this machine, whose NVIDIA GPU has
-    ``capability`` (None: it has no such GPU). For an AMD GPU comfy-kitchen decides, and no verdict is given.
+def advice(ids, here: machine.Machine) -> list[str]:
+    """A line for each form in ``ids``: where it runs natively, and whether it does on the machine ``here``; where not,
+    why, what happens, and what is better there.
     """
     out = []
     for form in (FORMS[i] for i in sorted(ids) if i in FORMS):
         line = f"{form.id} ({form.title}): native on {form.native}"
-        if form.sm != ANY and not amd:
-            gpu = "this machine" if capability is None else f"this GPU (sm_{capability})"
-            if capability is not None and form.runs_on(capability):
-                line += f"; {gpu} runs it natively"
-            else:
-                better = (w for (low, high), w in form.instead if capability is not None and low <= capability <= high)
-                line += ": ".join([f"; {gpu} does not: {form.otherwise}", *better])
+        if form.kernel:
+            why = here.lacks(form.kernel)
+            line += (
+                f"; {here.title} runs it natively" if not why else f"; {here.title} does not, {why}: {form.otherwise}"
+            )
+            line += "".join(f"; {words}" for words in form.better(here))
         out.append(line)
     return out
 

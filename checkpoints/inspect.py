@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from ..quant import machine
 from ..quant.policy import plan
 from ..quant.schemes import KEEP
 from . import foreign, forms, header, load, logical, native, quantized
@@ -128,7 +129,7 @@ def _rank(head: header.Header, layer: str) -> int:
 def _finish(name: str, family, found: tuple) -> Inspection:
     """The inspection with its advice for this machine's GPU. ``found``: (prefix, rows, bytes, record, maker)."""
     prefix, rows, nbytes, record, maker = found
-    advice = forms.advice({r.scheme for r in rows}, foreign.capability(), foreign.amd())
+    advice = forms.advice({r.scheme for r in rows}, machine.here())
     if family.unsupported:
         advice.append(family.unsupported)
     return Inspection(name, family.title, prefix, rows, nbytes, record, maker, tuple(advice), family.id)

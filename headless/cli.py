@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..reading.names import shown
-from . import convert, distill, generate, profile, prompts, quiet, train
+from . import convert, distill, doctor, generate, profile, prompts, quiet, train
 
 OFFERED = ("data_free", "fast", "best")  # quant.calib.presets.OFFERED, said again so that --help need not load torch
 TARGETS = (
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     for add in (_add_demo, _add_quantize, _add_inspect):
         add(commands)
-    for topic in (generate, convert, prompts, profile, train, distill):
+    for topic in (generate, convert, prompts, profile, train, distill, doctor):
         topic.add_command(commands)
     return top
 

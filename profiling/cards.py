@@ -31,6 +31,7 @@ class Architecture:
     four_bit: int
     native: str
     else_: str
+    gfx: str = ""  # AMD's name of it
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ ARCHITECTURES: dict[str, Architecture] = {a.id: a for a in (
     Architecture("Ada datacenter", (89,), 1024, 2048, 4096, "svdquant_w4a4", INT4_ELSE),
     Architecture("Hopper", (90,), 4096, 8192, 0, "asym_w4a8_int8", "svdquant int4: runs, without 4-bit tensor cores"),
     Architecture("Blackwell", (100, 103, 120, 121), 512, 2048, 4096, "nvfp4", "int4: comfy-kitchen's int4 path"),
-    Architecture("RDNA3", (), 512, 512, 1024, "", EAGER),
+    Architecture("RDNA3", (), 512, 512, 1024, "svdquant_w4a4", INT4_ELSE, "gfx1100"),
 )}  # fmt: skip
 
 CARDS: dict[str, Card] = {c.name: c for c in (

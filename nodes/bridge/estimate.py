@@ -10,15 +10,16 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...checkpoints import families, foreign
+from ...checkpoints import families, foreign, forms
 from ...checkpoints.inspect import inspect
 from ...profiling import calibrate, memory, weights, work
 from ...profiling import estimate as core
-from ...profiling.cards import CARDS
+from ...profiling.cards import ARCHITECTURES, CARDS
 from ...profiling.estimate import Task
 from ...profiling.tables import size
 from ...profiling.timeline import stacked
 from ...quant import kernels
+from ...quant import machine as engines
 from ...quant.policy import plan
 from ...quant.schemes import SCHEMES
 from .. import files
@@ -99,7 +100,18 @@ def run(task: Task, gpu: str, models: Models) -> tuple[str, str, torch.Tensor]:
     table = core.fit_table(task, on_cards, precisions)
     limit = machine.limit if here else CARDS[gpu].nbytes
     text = core.markdown(answer, asked, machine.name if here else gpu, limit, table)
+    text += "".join(f"\n\n{line}." for line in forms.advice([task.precision], machine_of(gpu)))
     return text, core.to_json(answer, asked), reports.image(chart(task, on_cards, precisions, limit))
+
+
+def machine_of(gpu: str) -> engines.Machine:
+    """The machine that was asked about. A card of the table is taken for one with all that its kernels need."""
+    if gpu == HERE:
+        return engines.here()
+    architecture = ARCHITECTURES[CARDS[gpu].architecture]
+    if not architecture.compute:
+        return engines.Machine(engines.AMD, gpu, arch=architecture.gfx)
+    return engines.Machine(engines.NVIDIA, gpu, architecture.compute[0], cuda=(engines.KITCHENS_CUDA,))
 
 
 def chart(task: Task, known_: core.Known, precisions, limit: int):

@@ -21,12 +21,13 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ...checkpoints import forms
 from ...checkpoints import load as checkpoints
 from ...checkpoints.errors import CheckpointError
 from ...checkpoints.formats import comfy_quant
 from ...checkpoints.formats.stored import StoredLayer
 from ...checkpoints.load import Checkpoint, parse
-from ...quant import kernels
+from ...quant import kernels, machine
 from . import demo_unet, selfcheck
 from .operations import NO_MEANING, operations
 from .patcher import claim
@@ -79,11 +80,20 @@ def _is_quantized(sd: dict[str, Tensor], prefix: str = "") -> bool:
     return any(n.startswith(prefix) and n.endswith(comfy_quant.SUFFIX) for n in sd)
 
 
+def _say(sd: dict[str, Tensor], name: str) -> None:
+    """Logs which formats of a model run natively here, and what happens to the others."""
+    marks = {n: t for n, t in sd.items() if n.endswith(comfy_quant.SUFFIX) and t.numel()}
+    formats = {comfy_quant.decode_config(t, name, n)["format"] for n, t in marks.items()}
+    for line in forms.advice(formats, machine.here()):
+        log.info("%s: %s", name, line)
+
+
 def diffusion_model(path: str, disable_dynamic: bool = False):
     """A ModelPatcher for the diffusion model in ``path``, quantized or not. Raises CheckpointError."""
     checkpoint = read(path)
     sd = _without_prefix({**checkpoint.dense, **wrapped(checkpoint.layers)})
     quantized = _is_quantized(sd)
+    _say(sd, checkpoint.name)
     if demo_unet.is_demo(sd):
         model = demo_unet.build(sd, operations if quantized else None, disable_dynamic)
     elif not quantized and not checkpoints.needs_reader(path):
@@ -106,6 +116,7 @@ def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
     sd = {**checkpoint.dense, **wrapped(checkpoint.layers)}
     prefix = comfy.model_detection.unet_prefix_from_state_dict(sd)
     quantized = _is_quantized(sd, prefix)
+    _say(sd, checkpoint.name)
     if quantized or checkpoints.needs_reader(path):
         options = model_options(sd, prefix, checkpoint.name) if quantized else {}
         out = _named(checkpoint, lambda: comfy.sd.load_state_dict_guess_config(

@@ -13,7 +13,7 @@ from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.native import logical_shapes
 from comfyui_nibble.checkpoints.repack import repack
-from comfyui_nibble.quant import awq, core_formats, datafree
+from comfyui_nibble.quant import awq, core_formats, datafree, machine
 from comfyui_nibble.quant.parts import Parts
 from comfyui_nibble.quant.weight_only import WeightOnly
 from safetensors.torch import load_file, save_file
@@ -220,22 +220,26 @@ class TestAdvice:
     INT4 = ("svdquant_w4a4", "nibble_parts", "nunchaku_svdq_int4", "svdquant_nvfp4", "nunchaku_svdq_nvfp4")
 
     @pytest.mark.parametrize("id", forms.FORMS)
-    @pytest.mark.parametrize("capability", [None, 61, 75, 80, 86, 89, 90, 100, 120])
-    def test_names_no_other_card_and_what_this_one_runs(self, id, capability):
-        (line,) = forms.advice([id], capability)
+    @pytest.mark.parametrize("sm", [None, 61, 75, 80, 86, 89, 90, 100, 120])
+    def test_names_no_other_card_and_what_this_one_runs(self, id, sm):
+        (line,) = forms.advice([id], machine_of(sm))
         assert "Hopper" not in line.partition(";")[2]
-        assert ("an asym_w4a8_int8 file of the model is faster" in line) is (id in self.INT4 and capability == 90)
-        assert ("the model's int4 file" in line) is ("nvfp4" in id and id != "nvfp4" and capability in (80, 86, 89))
+        assert ("an asym_w4a8_int8 file of the model is faster" in line) is (id in self.INT4 and sm == 90)
+        assert ("the model's int4 file" in line) is ("nvfp4" in id and id != "nvfp4" and sm in (80, 86, 89))
 
+    @pytest.mark.parametrize("cuda", [(12, 8), (13,)])
     @pytest.mark.parametrize("id", forms.FORMS)
-    def test_what_it_recommends_runs_there(self, id):
-        for (low, high), words in forms.FORMS[id].instead:
-            other = "asym_w4a8_int8" if "asym" in words else "svdquant_w4a4"
-            assert all(forms.FORMS[other].runs_on(c) and not forms.FORMS[id].runs_on(c) for c in (low, high))
+    def test_what_it_recommends_runs_there(self, id, cuda):
+        for (low, high), other, words in forms.FORMS[id].instead:
+            for sm in (low, high):
+                here = machine.Machine(machine.NVIDIA, sm=sm, cuda=cuda)
+                said = f"{words} is faster" in forms.FORMS[id].better(here)
+                assert said is (not here.lacks(forms.FORMS[other].kernel))
+                assert not said or here.lacks(forms.FORMS[id].kernel)
 
-    def test_amd_gets_no_verdict(self):
-        (line,) = forms.advice(["svdquant_w4a4"], None, amd=True)
-        assert "does not" not in line and "natively" not in line
+
+def machine_of(sm: int | None) -> machine.Machine:
+    return machine.Machine(machine.CPU) if sm is None else machine.Machine(machine.NVIDIA, sm=sm, cuda=(13, 0))
 
 
 def test_every_packing_format_is_told_by_something():
