@@ -121,9 +121,10 @@ def test_shards_are_one_model(tiny, inside, tmp_path):
 @pytest.mark.parametrize(("kind", "sentence"), [
     ("half", "its low-rank branch is not whole (svdq_l1, svdq_l2)"),
     ("promised", "its low-rank branch is not whole (svdq_l1, svdq_l2)"),
-    ("unmarked", "a low-rank branch lies beside it, and nothing says in which format the layer is"),
+    ("unmarked", "its weights are integers, and it has no comfy_quant entry, so nothing says what they stand for"),
     ("unknown", "format 'int3_magic' is unknown to this version"),
-    ("codes", "holds torch.int8, and nothing says what its numbers mean"),
+    ("codes", "its weights are integers, and it has no comfy_quant entry, so nothing says what they stand for"),
+    ("scale", "its fp8 weight has a scale beside it, and neither a comfy_quant entry nor the mark scaled_fp8"),
 ])  # fmt: skip
 def test_what_cannot_be_read_is_refused_by_name(kind, sentence, tiny, inside, tmp_path):
     path = files.write(tiny("flux"), tmp_path / "a.safetensors", "krea")
@@ -140,8 +141,10 @@ def test_what_cannot_be_read_is_refused_by_name(kind, sentence, tiny, inside, tm
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "int3_magic"}'), dtype=torch.uint8)
         del tensors[f"{layer}.svdq_l1"], tensors[f"{layer}.svdq_l2"]
     else:
-        tensors = load_file(files.write(tiny("flux"), tmp_path / "b.safetensors", "int8"))
-        del tensors[f"{layer}.comfy_quant"], tensors[f"{layer}.weight_scale"]
+        tensors = load_file(files.write(tiny("flux"), tmp_path / "b.safetensors", "int8" if kind == "codes" else "fp8"))
+        del tensors[f"{layer}.comfy_quant"]
+        if kind == "codes":
+            del tensors[f"{layer}.weight_scale"]
     save_file(tensors, path)
     (tmp_path / "list.json").write_text(json.dumps({"bad": str(path)}))
     found = inside("load_matrix", "flux", tmp_path / "list.json", tiny("flux"))["bad"]["ours"]
