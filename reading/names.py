@@ -8,6 +8,7 @@ MAX_SHOWN, MAX_SENTENCE = 120, 2000
 # Controls and line ends, which would break the sentence; direction marks, which would reorder it; and lone surrogates,
 # which stand for bytes of a name that are not UTF-8 and which no stream can encode.
 UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNENCODABLE = re.compile("[\ud800-\udfff]")
 
 
 def shown(name: object, most: int = MAX_SHOWN) -> str:
