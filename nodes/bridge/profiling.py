@@ -243,9 +243,12 @@ def kind_of(class_type: str) -> str:
 
 
 def _inputs(class_type: str) -> list[tuple[str, tuple]]:
-    """(name, ComfyUI's spec) of a node class's declared inputs; none for a class that is gone."""
+    """(name, ComfyUI's spec) of a node class's declared inputs; none for a class that is gone or cannot say."""
     kind = comfy_nodes.NODE_CLASS_MAPPINGS.get(class_type)
-    groups = kind.INPUT_TYPES() if kind is not None else {}
+    try:
+        groups = kind.INPUT_TYPES() if kind is not None else {}
+    except Exception:  # noqa: BLE001 (other packs' nodes, and ComfyUI's own once a folder of models was deleted)
+        groups = {}
     return [(name, spec) for part in ("required", "optional") for name, spec in groups.get(part, {}).items()]
 
 
