@@ -9,6 +9,7 @@ from . import (
     convert,
     distill,
     image_prompt,
+    logs,
     lora,
     metrics,
     models,
@@ -20,6 +21,7 @@ from . import (
     training,
 )
 from .bridge import history
+from .checked import checked
 
 TOPICS = (
     models,
@@ -39,10 +41,11 @@ TOPICS = (
 
 
 class NibbleExtension(ComfyExtension):
-    """Every node of the pack, gathered from the topics' ``NODES``."""
+    """Every node of the pack, gathered from the topics' ``NODES`` and put behind the checks."""
 
     async def on_load(self) -> None:
+        logs.tell(__package__.rpartition(".")[0])
         history.add_routes()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [node for topic in TOPICS for node in topic.NODES]
+        return [checked(node) for topic in TOPICS for node in topic.NODES]

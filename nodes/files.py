@@ -1,27 +1,73 @@
-"""File names in workflows, which come from strangers: resolved through folder_paths on every use; safetensors, and GGUF
-where a node reads it."""
+"""Files that nodes list, and files that they take by name. Names in workflows come from strangers: they are resolved
+through folder_paths on every use; safetensors, and GGUF where a node reads it.
+
+Listing never raises: ComfyUI asks for lists outside of any `try`, in the thread that runs the queue. What is gone or
+may not be read is not listed, and neither is a name that is not UTF-8: no workflow can hold it.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
 
-from ..reading.names import shown
+from ..reading.names import UNENCODABLE, shown
 
 SAFETENSORS = (".safetensors", ".sft")
 GGUF = ".gguf"
+MAX_NAME = 200  # bytes; disks allow 255, and we add a number, an ending and, while writing, more
+
+
+def listed(folder: str, endings: str | tuple[str, ...]) -> list[str]:
+    """The files of a model folder with one of ``endings``, in any case, as ComfyUI lists them."""
+    try:
+        found = folder_paths.get_filename_list(folder)
+    except OSError:  # ComfyUI remembers a folder that is gone
+        found = _walked(folder)
+    return [n for n in encodable(found) if n.lower().endswith(endings)]
+
+
+def _walked(folder: str) -> list[str]:
+    """What ComfyUI would list if it looked again."""
+    found = set()
+    for root in folder_paths.get_folder_paths(folder):
+        for at, below, here in os.walk(root, followlinks=True):
+            below[:] = [name for name in below if name != ".git"]
+            found.update(os.path.relpath(os.path.join(at, name), root) for name in here)
+    return sorted(found)
+
+
+def encodable(found: Iterable[str]) -> list[str]:
+    """Without the names that are not UTF-8."""
+    return [n for n in found if not UNENCODABLE.search(n)]
+
+
+def entries(folder: str | os.PathLike, endings: str | tuple[str, ...]) -> list[os.DirEntry]:
+    """The files directly in a folder with one of ``endings``, in any case and in no order."""
+    try:
+        with os.scandir(folder) as found:
+            return [e for e in found if e.name.lower().endswith(endings) and encodable([e.name]) and _is_file(e)]
+    except OSError:
+        return []
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
 
 
 def names(folder: str) -> list[str]:
     """The safetensors files of a model folder, as its loader lists them."""
-    return [n for n in folder_paths.get_filename_list(folder) if n.lower().endswith(SAFETENSORS)]
+    return listed(folder, SAFETENSORS)
 
 
 def model_names(folder: str) -> list[str]:
     """`names` and the GGUF files of a model folder, which ComfyUI itself does not list."""
-    return names(folder) + [n for n in folder_paths.get_filename_list(_with_gguf(folder)) if n.lower().endswith(GGUF)]
+    return names(folder) + listed(_with_gguf(folder), GGUF)
 
 
 def _with_gguf(folder: str) -> str:
@@ -35,13 +81,15 @@ def path(folder: str, name: str) -> str:
     """The file ``name`` of a model folder. Raises ValueError for another ending, FileNotFoundError when it is not
     there.
     """
-    if name.lower().endswith(GGUF):
-        return folder_paths.get_full_path_or_raise(_with_gguf(folder), name)
-    if not name.lower().endswith(SAFETENSORS):
+    gguf = name.lower().endswith(GGUF)
+    if not gguf and not name.lower().endswith(SAFETENSORS):
         raise ValueError(
-            f"{os.path.basename(name)}: only safetensors files are loaded. Convert it to safetensors first"
+            f"{shown(os.path.basename(name))}: only safetensors files are loaded. Convert it to safetensors first"
         )
-    return folder_paths.get_full_path_or_raise(folder, name)
+    full = folder_paths.get_full_path(_with_gguf(folder) if gguf else folder, name)
+    if full is None:
+        raise FileNotFoundError(f"{shown(name)}: there is no such file in models/{folder}. Choose one from the list")
+    return full
 
 
 def fingerprint(folder: str, name: str) -> str:
@@ -56,11 +104,26 @@ def fingerprint(folder: str, name: str) -> str:
 
 
 def new_output(prefix: str, ending: str = ".safetensors") -> str:
-    """A path under output/ that no file has yet; ``prefix`` may hold a subfolder and %date% parts."""
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory())
+    """A path under output/ that no file has yet; ``prefix`` may hold a subfolder and %date% parts. Raises ValueError
+    for one that leads out of it.
+    """
+    folder, name, counter = numbered(prefix)
     while os.path.exists(full := os.path.join(folder, f"{name}_{counter:05}_{ending}")):
         counter += 1
     return full
+
+
+def numbered(prefix: str) -> tuple[str, str, int]:
+    """(folder, name, a number that is free by ComfyUI's count) for ``prefix`` under output/."""
+    output, instead = folder_paths.get_output_directory(), "Give a name like nibble/run"
+    if UNENCODABLE.search(prefix) or "\0" in prefix:
+        raise ValueError(f"'{shown(prefix)}' cannot be the name of a file. {instead}")
+    if not folder_paths.is_within_directory(output, os.path.join(output, prefix)):
+        raise ValueError(f"'{shown(prefix)}' leads out of the output folder. {instead}")
+    if any(len(part.encode()) > MAX_NAME for part in Path(prefix).parts):
+        raise ValueError(f"'{shown(prefix)}' is too long for the name of a file. {instead}")
+    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    return folder, name, counter
 
 
 def below_output(full: str) -> str:
@@ -72,15 +135,13 @@ def listed_path(choice: str, folders: tuple[str, ...]) -> str:
     """The file of a "folder/name" choice. Raises ValueError unless the folder is one of ``folders``."""
     folder, _, name = choice.partition("/")
     if folder not in folders or not name:
-        raise ValueError(f"{choice!r} is not one of the listed files. Choose one from the list")
+        raise ValueError(f"'{shown(choice)}' is not one of the listed files. Choose one from the list")
     return path(folder, name)
 
 
 def input_names(endings: tuple[str, ...]) -> list[str]:
     """Files with one of ``endings`` directly in the input folder."""
-    folder = folder_paths.get_input_directory()
-    found = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted(n for n in found if n.lower().endswith(endings) and os.path.isfile(os.path.join(folder, n)))
+    return sorted(e.name for e in entries(folder_paths.get_input_directory(), endings))
 
 
 def input_fingerprint(name: str) -> str:

@@ -6,6 +6,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..metrics.compare import compare
+from ..reading.names import shown
+from . import files
 from .bridge import pictures, scores
 
 
@@ -50,11 +52,11 @@ class NibbleCompareImages(io.ComfyNode):
     @classmethod
     def execute(cls, reference, candidate, reference_label, candidate_label, full_scale) -> io.NodeOutput:
         r, c = (t[..., :3].cpu().numpy() for t in (reference, candidate))
-        found = compare(r, c, (reference_label, candidate_label), full_scale)
+        found = compare(r, c, (shown(reference_label), shown(candidate_label)), full_scale)
         beside, heat, pair = (torch.from_numpy(a) for a in (found.beside, found.heat, found.pair))
         report, csv = found.scores.markdown(), found.scores.to_csv()
-        shown = {**ui.PreviewImage(beside, cls=cls).as_dict(), "text": [report]}
-        return io.NodeOutput(report, csv, found.psnr, found.ssim, beside, heat, pair, ui=shown)
+        seen = {**ui.PreviewImage(beside, cls=cls).as_dict(), "text": [report]}
+        return io.NodeOutput(report, csv, found.psnr, found.ssim, beside, heat, pair, ui=seen)
 
 
 class NibbleScores(io.ComfyNode):
@@ -62,7 +64,7 @@ class NibbleScores(io.ComfyNode):
 
     @classmethod
     def define_schema(cls):
-        folders = pictures.choices()
+        folders = files.encodable(pictures.choices())
         return io.Schema(
             node_id="NibbleScores",
             display_name="Score Pictures (Nibble)",

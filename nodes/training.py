@@ -21,7 +21,8 @@ SHIPPED = "demo: 48 emoji in a flat style"
 
 def folders() -> list[str]:
     """The folders below input/, without it, and the shipped one."""
-    return [*(c.removeprefix(INPUT) for c in pictures.choices() if c.startswith(INPUT)), SHIPPED]
+    found = files.encodable(pictures.choices())
+    return [*(c.removeprefix(INPUT) for c in found if c.startswith(INPUT)), SHIPPED]
 
 
 def folder_of(choice: str) -> Path:

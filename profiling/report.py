@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from statistics import median
 from typing import get_args, get_origin, get_type_hints
 
@@ -146,6 +147,9 @@ def from_json(text: str, name: str = "the report") -> Run:
     return run
 
 
+_hints = lru_cache(get_type_hints)  # of this file's classes; a run has hundreds of points
+
+
 def build(kind: type, data: Mapping):
     """A frozen dataclass of numbers, strings, dataclasses and tuples of them, from JSON's dicts and lists.
 
@@ -153,7 +157,7 @@ def build(kind: type, data: Mapping):
     """
     if not isinstance(data, Mapping):
         raise TypeError(f"expected an object for {kind.__name__}")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     known = {f.name for f in fields(kind)}
     unknown = set(data) - known
     if unknown:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .chart import COLOURS, FAINT, INK, PAPER
+from .chart import COLOURS, FAINT, INK, PAPER, fit
 from .report import KINDS, Node, Run
 from .tables import seconds, size
 
@@ -37,8 +37,8 @@ def timeline(run: Run) -> Image.Image:
     image = Image.new("RGB", (WIDTH, height), PAPER)
     draw = ImageDraw.Draw(image)
     title = f"{run.label or 'run'}: {seconds(run.seconds)}" + ("" if run.state == "complete" else f" ({run.state})")
-    draw.text((PAD, PAD), fit(draw, title, TITLE, WIDTH - 2 * PAD), INK, font=font(TITLE))
-    draw.text((PAD, PAD + TITLE + 8), fit(draw, lines[0], SMALL, WIDTH - 2 * PAD), FAINT, font=font(SMALL))
+    draw.text((PAD, PAD), fit(title, font(TITLE), WIDTH - 2 * PAD), INK, font=font(TITLE))
+    draw.text((PAD, PAD + TITLE + 8), fit(lines[0], font(SMALL), WIDTH - 2 * PAD), FAINT, font=font(SMALL))
     room = WIDTH - LABEL - 2 * PAD
     scale = room / max(run.seconds, 1e-9)
     for i, node in enumerate(shown):
@@ -51,7 +51,7 @@ def timeline(run: Run) -> Image.Image:
 
 def _node(draw: ImageDraw.ImageDraw, node: Node, y: int, scale: float) -> None:
     """One row: the name, a faint bar for the time it was open, a full one for its own, ticks between its steps."""
-    draw.text((PAD, y + 6), fit(draw, node.title, TEXT, LABEL - 12), INK, font=font(TEXT))
+    draw.text((PAD, y + 6), fit(node.title, font(TEXT), LABEL - 12), INK, font=font(TEXT))
     left = PAD + LABEL + node.start * scale
     colour = COLOUR[node.kind]
     own, open_ = max(3, node.seconds * scale), max(3, node.elapsed * scale)
@@ -108,17 +108,7 @@ def _curve(draw: ImageDraw.ImageDraw, run: Run, top: int, scale: float) -> None:
         for x in range(left, right, 20):
             draw.line((x, y, x + 10, y), fill=LIMIT, width=4)
         text = f"limit {size(limit)}" + (" (axis broken)" if broken else "")
-        draw.text((PAD, y - 14), fit(draw, text, SMALL, LABEL - 8), LIMIT, font=font(SMALL))
-
-
-def fit(draw: ImageDraw.ImageDraw, text: str, pixels: int, width: float) -> str:
-    """``text``, cut with dots where it is wider than ``width``."""
-    f = font(pixels)
-    if draw.textlength(text, font=f) <= width:
-        return text
-    while text and draw.textlength(text + "...", font=f) > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
+        draw.text((PAD, y - 14), fit(text, font(SMALL), LABEL - 8), LIMIT, font=font(SMALL))
 
 
 def stacked(title: str, rows: list[tuple[str, list[tuple[str, float]], str]], limit: float = 0.0) -> Image.Image:
@@ -131,7 +121,7 @@ def stacked(title: str, rows: list[tuple[str, list[tuple[str, float]], str]], li
     head = PAD + TITLE + SMALL + 34
     image = Image.new("RGB", (WIDTH, head + len(rows) * ROW + PAD), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((PAD, PAD), fit(draw, title, TITLE, WIDTH - 2 * PAD), INK, font=font(TITLE))
+    draw.text((PAD, PAD), fit(title, font(TITLE), WIDTH - 2 * PAD), INK, font=font(TITLE))
     x = PAD
     for name in parts:
         draw.rectangle((x, PAD + TITLE + 14, x + 18, PAD + TITLE + 32), fill=colour[name])
@@ -141,7 +131,7 @@ def stacked(title: str, rows: list[tuple[str, list[tuple[str, float]], str]], li
     most = max((sum(v for _, v in values) for _, values, _ in rows), default=0) or 1
     for i, (label, values, text) in enumerate(rows):
         y, at = head + i * ROW, float(PAD + LABEL)
-        draw.text((PAD, y + 6), fit(draw, label, TEXT, LABEL - 12), INK, font=font(TEXT))
+        draw.text((PAD, y + 6), fit(label, font(TEXT), LABEL - 12), INK, font=font(TEXT))
         for name, value in values:
             if value:
                 draw.rectangle((at, y + 10, at + room * value / most, y + ROW - 10), fill=colour[name])

@@ -22,6 +22,7 @@ from ...quant.calib.engine import Job, Layer, Watch
 from ...quant.calib.presets import preset as preset_row
 from ...quant.policy import LayerPlan, plan, retarget
 from ...quant.schemes import KEEP
+from ...reading.names import encodable
 from . import selfcheck
 from .build import weight_of, with_layers
 
@@ -203,4 +204,4 @@ class Progress:
 def tell(node_id: str | None, text: str) -> None:
     """Live text on the node; nothing without a browser."""
     if node_id is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(text, node_id)
+        PromptServer.instance.send_progress_text(encodable(text), node_id)

@@ -15,6 +15,7 @@ from aiohttp import web
 from server import PromptServer
 
 from ...profiling.report import MAX_BYTES, Run, from_json
+from ...reading.names import shown
 from . import records
 
 SHOWN = 100  # rows; older runs stay in the folder
@@ -56,7 +57,7 @@ def rows() -> list[dict]:
         except ValueError as e:
             row["error"] = str(e)
         except OSError:
-            row["error"] = f"{name}: the file cannot be read"
+            row["error"] = f"{shown(name)}: the file cannot be read"
         out.append(row)
     return out
 
@@ -76,7 +77,7 @@ def read(name: str) -> Run:
     """The saved run ``name``. Raises LookupError for a name that is not in the list, ValueError for a file that is no
     run, OSError for one that cannot be read.
     """
-    if name not in records.saved():
+    if not records.is_saved(name):
         raise LookupError("there is no such saved run. Choose one from the list")
     path = inside(name)
     return _read(path, path.stat().st_size)
@@ -86,14 +87,14 @@ def inside(name: str) -> Path:
     """A listed run's file. Raises ValueError for a link that leads out of the folder."""
     folder = Path(folder_paths.get_output_directory()) / records.FOLDER
     if not folder_paths.is_within_directory(str(folder), str(folder / name)):
-        raise ValueError(f"{name} leads out of the folder of saved runs. Delete it")
+        raise ValueError(f"{shown(name)} leads out of the folder of saved runs. Delete it")
     return folder / name
 
 
 def _read(path: Path, size: int) -> Run:
     if size > MAX_BYTES:
-        raise ValueError(f"{path.name}: it is larger than a profile can be. Delete it or move it away")
+        raise ValueError(f"{shown(path.name)}: it is larger than a profile can be. Delete it or move it away")
     try:
-        return from_json(path.read_text(encoding="utf-8"), path.name)
+        return from_json(path.read_text(encoding="utf-8"), shown(path.name))
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path.name}: it is not text. Delete it or move it away") from e
+        raise ValueError(f"{shown(path.name)}: it is not text. Delete it or move it away") from e

@@ -40,7 +40,7 @@ def measurements(key: Key, base) -> list[Measurement]:
     for name in records.saved()[:NEWEST]:
         try:
             run = records.load(name)
-        except ValueError as e:
+        except (OSError, ValueError) as e:  # deleted or damaged
             log.warning("Nibble: an estimate leaves out a saved run. %s", e)
             continue
         for s in run.samplings:

@@ -24,6 +24,7 @@ from ...profiling.report import Sampling
 from ...profiling.weights import DESCRIPTION
 from ...profiling.work import FUSED, MATRIX
 from ...quant import kernels
+from ...reading.names import shown
 from . import profiling, simulate
 
 KEY = "nibble.profile"
@@ -64,7 +65,7 @@ _running: ContextVar[_Call | None] = ContextVar("nibble_sampling", default=None)
 
 def recording(model, label: str):
     """A clone of ``model`` that records every sampler call under ``label`` (default: its weights)."""
-    model = model.clone()
+    model, label = model.clone(), shown(label)
 
     def outer(executor, noise, *args, **kwargs):
         return _outer(executor, label, noise, *args, **kwargs)

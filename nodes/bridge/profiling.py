@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Mapping
+from contextlib import contextmanager
 
 import comfy.model_management
 from comfy_execution.progress import NodeState, ProgressHandler, add_progress_handler, get_progress_state
@@ -20,6 +22,7 @@ from ...checkpoints.save import version
 from ...profiling import memory
 from ...profiling.live import About, RunRecorder
 from ...profiling.report import Run
+from ...reading.names import shown
 from . import records
 
 log = logging.getLogger(__name__)
@@ -36,7 +39,7 @@ class Handler(ProgressHandler):
 
     def __init__(self, registry, label: str, prefix: str):
         super().__init__(NAME)
-        self.label, self.prefix = label, prefix
+        self.label, self.prefix = shown(label), prefix
         self.registry = registry
         self.recorder = RunRecorder(memory.probe(comfy.model_management.get_torch_device()))
         self.events = 0
@@ -51,19 +54,31 @@ class Handler(ProgressHandler):
         threading.Thread(target=self._watch_memory, name=NAME, daemon=True).start()
 
     def start_handler(self, node_id, state, prompt_id):
-        self.events += 1
-        self.recorder.start(node_id)
+        with self._harmless():
+            self.events += 1
+            self.recorder.start(node_id)
 
     def update_handler(self, node_id, value, max_value, state, prompt_id, image=None):
-        self.recorder.progress(node_id, value)
+        with self._harmless():
+            self.recorder.progress(node_id, value)
 
     def finish_handler(self, node_id, state, prompt_id):
-        self.events += 1
-        self.recorder.finish(node_id)
+        with self._harmless():
+            self.events += 1
+            self.recorder.finish(node_id)
 
     def reset(self):
         """ComfyUI calls this when the next prompt begins: by then this one has ended."""
         self.end()
+
+    @contextmanager
+    def _harmless(self):
+        """ComfyUI calls handlers where an exception ends the thread that runs the queue; measuring ends instead."""
+        try:
+            yield
+        except Exception as e:  # noqa: BLE001
+            self.disable()
+            log.warning("Nibble no longer measures this run: %s", e)
 
     def watch_end(self) -> None:
         """Lets the prompt's event loop tell when it is over."""
@@ -99,12 +114,11 @@ class Handler(ProgressHandler):
         if self._ended.is_set():
             return
         self._ended.set()
-        self.recorder.stop()
-        if all(self.recorder.state(id) == "cached" for id in self.recorder.ids):
-            return  # nothing ran
         try:
-            self.save(self.run())
-        except (OSError, ValueError) as e:  # a full disk or a bad name must not fail a prompt that is over
+            self.recorder.stop()
+            if any(self.recorder.state(id) != "cached" for id in self.recorder.ids):  # else nothing ran
+                self.save(self.run())
+        except Exception as e:  # noqa: BLE001 (whatever it is, it must not fail a prompt that is over, or the next)
             log.warning("Nibble could not save the profile of this run: %s", e)
 
 
@@ -117,7 +131,7 @@ def ensure(label: str = "", prefix: str = PREFIX) -> Handler:
         add_progress_handler(handler)
         handler.watch_end()
     if label:
-        handler.label = label
+        handler.label = shown(label)
     if prefix != PREFIX:
         handler.prefix = prefix
     return handler
@@ -176,9 +190,9 @@ def about(handler: Handler) -> dict[str, About]:
     for id in [*seen, *(id for id in dynprompt.original_prompt if id not in seen)]:
         node = dynprompt.get_node(id)
         name = title(node)
-        shown = dynprompt.get_display_node_id(id)
-        if shown != id and dynprompt.has_node(shown):
-            name = f"{title(dynprompt.get_node(shown))} / {name}"
+        display = dynprompt.get_display_node_id(id)
+        if display != id and dynprompt.has_node(display):
+            name = f"{title(dynprompt.get_node(display))} / {name}"
         silent = "not timed" if id in handler.missed else "cached" if id in cached else "not run"
         out[id] = About(name, kind_of(node["class_type"]), silent, node["class_type"] in REPORTERS)
     return out
@@ -229,17 +243,20 @@ def kind_of(class_type: str) -> str:
 
 
 def _inputs(class_type: str) -> list[tuple[str, tuple]]:
-    """(name, ComfyUI's spec) of a node class's declared inputs; none for a class that is gone."""
+    """(name, ComfyUI's spec) of a node class's declared inputs; none for a class that is gone or cannot say."""
     kind = comfy_nodes.NODE_CLASS_MAPPINGS.get(class_type)
-    groups = kind.INPUT_TYPES() if kind is not None else {}
+    try:
+        groups = kind.INPUT_TYPES() if kind is not None else {}
+    except Exception:  # noqa: BLE001 (other packs' nodes, and ComfyUI's own once a folder of models was deleted)
+        groups = {}
     return [(name, spec) for part in ("required", "optional") for name, spec in groups.get(part, {}).items()]
 
 
 def title(node: dict) -> str:
     """What the user calls a node: its title in the workflow, else its class's display name."""
-    given = (node.get("_meta") or {}).get("title")
-    class_type = node["class_type"]
-    return str(given or comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS.get(class_type) or class_type)
+    meta, class_type = node.get("_meta"), node["class_type"]
+    given = meta.get("title") if isinstance(meta, Mapping) else None
+    return shown(given or comfy_nodes.NODE_DISPLAY_NAME_MAPPINGS.get(class_type) or class_type)
 
 
 def class_of(dynprompt, id: str) -> str:

@@ -16,6 +16,7 @@ from ...prompts import domain as domains
 from ...prompts.reader import DomainError
 from ...prompts.spec import AUTO, PROSE, SIDES, TAGS, Domain
 from ...reading import textfile
+from ...reading.names import shown
 from .. import files
 
 FOLDER, OWN, ENDING = "nibble_domains", "user/", ".yaml"
@@ -39,20 +40,20 @@ def register() -> None:
 
 def names() -> list[str]:
     """The shipped domains by id, then people's own as user/<file>; these can never take a shipped one's place."""
-    own = [n[: -len(ENDING)] for n in folder_paths.get_filename_list(FOLDER) if n.endswith(ENDING)]
+    own = [n[: -len(ENDING)] for n in files.listed(FOLDER, ENDING) if n.endswith(ENDING)]
     return domains.shipped() + [OWN + n for n in own if "/" not in n and "\\" not in n]
 
 
 def find(choice: str) -> Domain:
     """The domain of a list entry. Raises DomainError for an entry that is not listed, or that two folders have."""
     if choice not in names():
-        raise DomainError(f"there is no domain {choice[:80]!r}; choose one from the list")
+        raise DomainError(f"there is no domain '{shown(choice)}'; choose one from the list")
     if not choice.startswith(OWN):
         return domains.load(choice)
     name = choice[len(OWN) :] + ENDING
     found = [Path(f) / name for f in folder_paths.get_folder_paths(FOLDER) if (Path(f) / name).is_file()]
     if len(found) != 1:
-        raise DomainError(f"{name} is in {len(found)} {FOLDER} folders; rename all but one")
+        raise DomainError(f"{shown(name)} is in {len(found)} {FOLDER} folders; rename all but one")
     return domains.load_file(found[0])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import folder_paths
@@ -12,12 +13,15 @@ from ...profiling import calibrate, tables
 from ...profiling.calibrate import Constants
 from ...profiling.report import FORMAT, MAX_BYTES, Run, from_json
 from ...profiling.timeline import timeline
+from ...reading.names import UNENCODABLE, encodable, shown
+from .. import files
 
 FOLDER = "nibble"
 ENDINGS = (".json", ".md", ".csv", ".png")
 CALIBRATION = ".calibration.json"
 NONE = "none"
 NEWEST, BEFORE = "the newest run", "the run before it"
+MOST = 500  # saved runs that are looked at, the newest; older ones stay in the folder
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,16 @@ class Files:
     def write(self, run: Run) -> None:
         """JSON, markdown, CSV and the picture. Replaces only files of this same stem."""
         write_whole(self.path(".json"), run.to_json().encode())
-        write_whole(self.path(".md"), tables.markdown(run).encode())
-        write_whole(self.path(".csv"), tables.to_csv(run).encode())
+        write_whole(self.path(".md"), encodable(tables.markdown(run)).encode())
+        write_whole(self.path(".csv"), encodable(tables.to_csv(run)).encode())
         write_picture(self.path(".png"), timeline(run))
 
     def shown(self, ending: str) -> dict[str, str]:
         """A file as ComfyUI's front end asks for it."""
-        return shown(self.path(ending))
+        return as_output(self.path(ending))
 
 
-def shown(path: Path) -> dict[str, str]:
+def as_output(path: Path) -> dict[str, str]:
     """An output file as ComfyUI's front end asks for it."""
     below = path.relative_to(folder_paths.get_output_directory())
     return {
@@ -55,10 +59,7 @@ def new_files(prefix: str) -> Files:
     """Names under output/ that no file has; ``prefix`` may hold a subfolder and %date% parts. Raises ValueError for one
     that leads out of it.
     """
-    output = folder_paths.get_output_directory()
-    if not folder_paths.is_within_directory(output, os.path.join(output, prefix)):
-        raise ValueError(f"{prefix!r} leads out of the output folder. Give a name like {FOLDER}/run")
-    folder, name, counter, _, _ = folder_paths.get_save_image_path(prefix, output)
+    folder, name, counter = files.numbered(prefix)
     while any(os.path.exists(os.path.join(folder, f"{name}_{counter:05}_{ending}")) for ending in ENDINGS):
         counter += 1
     return Files(os.path.join(folder, f"{name}_{counter:05}_"))
@@ -87,16 +88,38 @@ def write_picture(path: Path, image) -> None:
 
 def saved() -> list[str]:
     """Names of the saved runs in output/nibble, newest first."""
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
-    if not folder.is_dir():
-        return []
-    files = [p for p in folder.glob("*.json") if p.is_file() and not p.name.endswith(CALIBRATION) and _is_run(p)]
-    return [p.name for p in sorted(files, key=lambda p: (-p.stat().st_mtime_ns, p.name))]
+    return [e.name for e in _newest() if _is_run(e.path)]
 
 
-def _is_run(path: Path) -> bool:
-    with path.open("rb") as f:
-        return FORMAT.encode() in f.read(200)
+def _folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / FOLDER
+
+
+def _newest() -> list[os.DirEntry]:
+    """The newest files that may be saved runs, whatever is in them."""
+    found = [e for e in files.entries(_folder(), ".json") if not e.name.endswith(CALIBRATION)]
+    return sorted(found, key=lambda e: (-_changed(e), e.name))[:MOST]
+
+
+def _changed(entry: os.DirEntry) -> int:
+    try:
+        return entry.stat().st_mtime_ns
+    except OSError:  # deleted meanwhile
+        return 0
+
+
+def _is_run(path: str) -> bool:
+    try:
+        with open(path, "rb") as f:
+            return FORMAT.encode() in f.read(200)
+    except (OSError, ValueError):  # the latter for a name that no file can have
+        return False
+
+
+def is_saved(name: str) -> bool:
+    """Whether ``name`` is that of a saved run, old ones included."""
+    plain = name.endswith(".json") and not name.endswith(CALIBRATION) and not UNENCODABLE.search(name)
+    return plain and os.path.basename(name) == name and _is_run(os.fspath(_folder() / name))
 
 
 def choices() -> list[str]:
@@ -110,41 +133,41 @@ def name_of(choice: str) -> str:
         return choice
     names, index = saved(), int(choice == BEFORE)
     if index >= len(names):
-        raise ValueError(f"there is no saved run to be {choice!r} yet. Run a workflow with Profile this Run first")
+        raise ValueError(f"there is no saved run to be '{choice}' yet. Run a workflow with Profile this Run first")
     return names[index]
 
 
 def load(name: str) -> Run:
-    """The saved run ``name``. Raises ValueError for a name that is not in the list or a file that is no run."""
-    if name not in saved():
-        raise ValueError(f"{os.path.basename(name)}: there is no such saved run. Choose one from the list")
-    path = Path(folder_paths.get_output_directory()) / FOLDER / name
+    """The saved run ``name``, its labels as they can be shown. Raises ValueError for a name that is none or a file that
+    is no run.
+    """
+    if not is_saved(name):
+        raise ValueError(f"{shown(name)}: there is no such saved run. Choose one from the list")
+    path = _folder() / name
     if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{name}: it is larger than a profile can be. Choose a run that Profile this Run saved")
-    return from_json(path.read_text(encoding="utf-8"), name)
+        raise ValueError(f"{shown(name)}: it is larger than a profile can be. Choose a run that Profile this Run saved")
+    run = from_json(path.read_text(encoding="utf-8"), shown(name))
+    samplings = tuple(replace(s, label=shown(s.label)) for s in run.samplings)
+    return replace(run, label=shown(run.label), samplings=samplings)
 
 
 def fingerprint(choices: list[str]) -> str:
     """Changes when one of the chosen runs does, or when another becomes the newest."""
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
     names = [*choices, *saved()[:2]] if {NEWEST, BEFORE} & set(choices) else choices
-    files = [folder / os.path.basename(n) for n in names if n not in (NONE, NEWEST, BEFORE)]
-    return _stamps(files)
+    return _stamps(_folder() / os.path.basename(n) for n in names if n not in (NONE, NEWEST, BEFORE))
 
 
 def measured() -> str:
     """Changes when anything does that estimates are calibrated with: a saved run, or a file of `nibble profile`."""
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
-    return _stamps([*(folder / name for name in saved()), *_calibrations()])
+    return "|".join(f"{e.name}-{_changed(e)}" for e in _newest()) + _stamps(_calibrations())
 
 
-def _stamps(files: list[Path]) -> str:
-    return "|".join(f"{p.name}-{p.stat().st_mtime_ns}" if p.is_file() else f"{p.name}-missing" for p in files)
+def _stamps(paths: Iterable[Path]) -> str:
+    return "|".join(f"{p.name}-{p.stat().st_mtime_ns}" if p.is_file() else f"{p.name}-missing" for p in paths)
 
 
 def _calibrations() -> list[Path]:
-    folder = Path(folder_paths.get_output_directory()) / FOLDER
-    return sorted(folder.glob(f"*{CALIBRATION}")) if folder.is_dir() else []
+    return sorted(Path(e.path) for e in files.entries(_folder(), CALIBRATION))
 
 
 def calibrations() -> list[Constants]:
@@ -152,6 +175,6 @@ def calibrations() -> list[Constants]:
     rows: list[Constants] = []
     for path in _calibrations():
         if path.stat().st_size > calibrate.MAX_BYTES:
-            raise ValueError(f"{path.name}: it is larger than a calibration can be. Delete it or measure again")
-        rows += calibrate.from_json(path.read_text(encoding="utf-8"), path.name)
+            raise ValueError(f"{shown(path.name)}: it is larger than a calibration can be. Delete it or measure again")
+        rows += calibrate.from_json(path.read_text(encoding="utf-8"), shown(path.name))
     return rows

@@ -14,6 +14,7 @@ from server import PromptServer
 
 from ...checkpoints import header
 from ...checkpoints.errors import CheckpointError
+from ...reading.names import encodable
 from ...sampling import schedules, table
 from ...sampling.detect import GUIDANCE_KEY, Facts, File, Match, choose, family_of, upstream_files
 from ...sampling.preset import Preset
@@ -159,7 +160,7 @@ def say(text: str, node: str | None) -> None:
     """Shows ``text`` on the running node, where there is a server to show it."""
     server = getattr(PromptServer, "instance", None)
     if server is not None and node is not None:
-        server.send_progress_text(text, node)
+        server.send_progress_text(encodable(text), node)
 
 
 def from_timesteps(model, grid: str, timesteps: str, steps: int, strength: float):

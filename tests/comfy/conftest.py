@@ -208,6 +208,15 @@ def server(tmp_path_factory):
     running.process.wait(30)
 
 
+@pytest.fixture(scope="module")
+def own_server(tmp_path_factory):
+    """A ComfyUI for one module alone, which may delete its folders."""
+    running = start(tmp_path_factory.mktemp("own"))
+    yield running
+    running.process.terminate()
+    running.process.wait(30)
+
+
 @pytest.fixture(scope="session")
 def inside(tmp_path_factory):
     """inside(script, *args): runs tests/comfy/inside/<script>.py in ComfyUI's Python; returns the JSON it prints."""

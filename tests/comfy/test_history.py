@@ -8,6 +8,7 @@ import pytest
 from comfyui_nibble.profiling.memory import Device
 from comfyui_nibble.profiling.report import FORMAT, MAX_BYTES, Node, Run
 
+TWO = ["the run before it", "the newest run"]
 RUN = Run(
     label="<b>4-bit</b>", state="complete", device=Device("some card", "cuda", 2**34), seconds=3.0, between=0.25,
     recording=0.01, nodes=(
@@ -89,3 +90,18 @@ def test_a_bad_file_is_a_sentence_in_its_own_row(server, folder, name, says):
 def test_other_names_are_not_there(server, folder, name):
     status, body = answer(server, f"/nibble/runs/{urllib.parse.quote(name, safe='')}")
     assert status == 404 and "seconds" not in body
+
+
+def test_thousands_of_saved_runs_are_listed_by_their_dates(inside, tmp_path):
+    """Not one is parsed for it, and the heads of the newest alone are read: 5,000 took 14 s a prompt."""
+    (tmp_path / "good.json").write_text(RUN.to_json(), encoding="utf-8")
+    found = inside("saved_runs", tmp_path)
+    assert found["saved"] == [499, "run_01199_.json", "run_00701_.json"]  # other.json, which is none, is the newest
+    listing, marking, picking, loading = found["opens"]
+    assert listing <= 500 and marking == 0 and picking <= 500 and loading <= 2
+    assert found["label"] == RUN.label  # an old one can still be read by name
+    assert not any(found["strange"])
+    assert all("there is no such saved run" in said and len(said) < 200 for said in found["said"])
+    assert found["rows"] == 100
+    assert found["gone"] == {"run_01199_.json": [499, TWO], "nibble": [0, TWO]}
+    assert found["empty"] == []

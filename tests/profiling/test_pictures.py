@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from comfyui_nibble.profiling import compare, timeline
+from comfyui_nibble.profiling import chart, compare, timeline
 from comfyui_nibble.profiling.memory import Device, Peaks
 from comfyui_nibble.profiling.report import Node, Point, Run, Sampling
+from PIL import ImageFont
 
 CARD = Device("a card", "cuda", 8 * 2**30)
 
@@ -104,3 +105,50 @@ def test_the_comparison_chart_shows_the_longer_run_longer():
     rows = (np.abs(pixels(image) - np.array(timeline.COLOUR["sample"])).max(-1) == 0).sum(1)
     lengths = sorted(set(rows[rows > 0]))
     assert image.width == timeline.WIDTH and lengths[-1] > 1.8 * lengths[0]
+
+
+class Font:
+    """A font of letters 10 pixels wide that counts how often it is asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def getlength(self, text: str) -> float:
+        self.asked += 1
+        return 10.0 * len(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "fitted"),
+    [
+        ("0123456789", "0123456789"),
+        ("0123456789a", "0123456..."),
+        ("one\n two", "one two"),  # PIL refuses to measure two lines
+        ("", ""),
+        ("0123456  9abc", "0123456..."),
+        ("x" * 200_000, "xxxxxxx..."),
+        ("\ud800" * 11, "\ud800" * 7 + "..."),
+    ],
+)
+def test_a_text_is_cut_to_its_width(text, fitted):
+    assert chart.fit(text, Font(), 100.0) == fitted
+    assert chart.fit(text, Font(), 5.0) in ("", "...")
+
+
+@pytest.mark.parametrize("letters", [1_000, 200_000])
+def test_a_long_label_is_measured_a_dozen_times(letters, monkeypatch):
+    """One letter at a time took 30 s for 6,000 of them, and no interrupt is seen meanwhile."""
+    longest, asked = 0, 0
+    measure = ImageFont.FreeTypeFont.getlength
+
+    def counted(self, text, *args, **kwargs):
+        nonlocal longest, asked
+        longest, asked = max(longest, len(text)), asked + 1
+        return measure(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageFont.FreeTypeFont, "getlength", counted)
+    label = "W\n" * letters
+    timeline.timeline(replace(run(label=label), nodes=(replace(run().nodes[0], title=label),)))
+    timeline.stacked(label, [(label, [("peak", 1.0)], "1 s")])
+    chart.bars(label, [(label, 1.0, label, 0)])
+    assert asked < 150 and longest < 1100

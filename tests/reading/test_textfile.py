@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 from comfyui_nibble.reading import textfile
-from comfyui_nibble.reading.names import MAX_SHOWN, place, shown
+from comfyui_nibble.reading.names import MAX_SENTENCE, MAX_SHOWN, encodable, place, sentence, shown
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -168,3 +168,13 @@ def test_a_long_name_keeps_both_ends():
     seen = shown("begin" + "x" * 300 + ".safetensors")
     assert len(seen) <= MAX_SHOWN and seen.startswith("begin") and seen.endswith("x.safetensors") and "…" in seen
     assert shown("y" * MAX_SHOWN) == "y" * MAX_SHOWN
+
+
+def test_a_message_is_one_line_of_a_sane_length():
+    assert sentence("bad\n\tfile caf\udce9\x1b[0m.") == "bad file caf\\udce9\\x1b[0m."
+    assert len(sentence("x" * 1_000_116)) <= MAX_SENTENCE
+
+
+def test_any_text_can_be_made_encodable():
+    assert encodable("a\n\tété 😀") == "a\n\tété 😀"
+    assert encodable("caf\udce9 \ud83d") == "caf\\udce9 \\ud83d"

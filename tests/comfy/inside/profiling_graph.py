@@ -101,6 +101,30 @@ class Keep(Sleep):
     OUTPUT_NODE = True
 
 
+class Broken(Sleep):
+    """From its first run on it cannot say any more which inputs it has, like a loader whose folder was deleted."""
+
+    broken = False
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        if cls.broken:
+            raise FileNotFoundError("gone")
+        return super().INPUT_TYPES()
+
+    def run(self, **inputs):
+        Broken.broken = True
+        return super().run(**inputs)
+
+
+class Sabotage(Sleep):
+    """Spoils the recorder, which ComfyUI calls outside of every `try` when a node ends."""
+
+    def run(self, **inputs):
+        get_progress_state().handlers["nibble.profiler"].recorder.finish = None
+        return super().run(**inputs)
+
+
 class Server:
     client_id = last_node_id = None
 
@@ -108,7 +132,7 @@ class Server:
         pass
 
 
-for kind in (Sleep, Steps, AsyncSleep, Expand, Lazy, Fail, Interrupt, Keep):
+for kind in (Sleep, Steps, AsyncSleep, Expand, Lazy, Fail, Interrupt, Keep, Broken, Sabotage):
     comfy_nodes.NODE_CLASS_MAPPINGS[kind.__name__] = kind
 for node in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list()):
     node.GET_SCHEMA()
@@ -168,5 +192,7 @@ results = {
                     executor(execution.CacheType.NONE)),
     "two": run("two", {"a": n("Sleep", seconds=0.1), "p": profiler("one"), "q": profiler("one")}, ["p", "q"]),
     "without": run("without", {"a": n("Sleep", seconds=0.1), "k": n("Keep", seconds=0.1, after=["a", 0])}, ["k"]),
+    "broken": run("broken", {"a": n("Broken", seconds=0.1), "p": profiler("broken")}, ["p"]),
+    "sabotage": run("sabotage", {"a": n("Sabotage", seconds=0.1), "p": profiler("s")}, ["p"]),
 }  # fmt: skip
 print(json.dumps(results))

@@ -1,5 +1,7 @@
 """Nodes for the tests only: what the tiny models need and stock ComfyUI does not make."""
 
+import json
+
 import torch
 from comfy_api.latest import ComfyExtension, io
 
@@ -73,9 +75,26 @@ class NibbleTestHooks(io.ComfyNode):
         return io.NodeOutput(ui={"text": [str(left)]})
 
 
+class NibbleTestAny(io.ComfyNode):
+    """A value that a JSON text says, of no declared type."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="NibbleTestAny",
+            category="Nibble/tests",
+            inputs=[io.String.Input("value")],
+            outputs=[io.AnyType.Output("any")],
+        )
+
+    @classmethod
+    def execute(cls, value) -> io.NodeOutput:
+        return io.NodeOutput(json.loads(value))
+
+
 class TestKit(ComfyExtension):
     async def get_node_list(self):
-        return [NibbleTestConditioning, NibbleTestModelSize, NibbleTestHooks]
+        return [NibbleTestConditioning, NibbleTestModelSize, NibbleTestHooks, NibbleTestAny]
 
 
 async def comfy_entrypoint():
