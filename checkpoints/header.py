@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import CheckpointError
 
 MAX_TENSORS = 200_000
+MAX_HEADER = 100_000_000  # the library's own limit, in bytes
 MAX_METADATA = 4 * 2**20
 ALONE = "layer"  # what the only layer of a file is called when its tensors are named by their part alone
 AGAIN = "Download or write the file again"
@@ -61,11 +62,12 @@ def read(path: str | Path) -> Header:
         raise CheckpointError(
             path.name, "this is a pickle (.ckpt, .pt), which can run code", "Convert it to safetensors first"
         )
+    count = _count(path)
+    if count > MAX_TENSORS:
+        raise CheckpointError(path.name, f"its header lists {count} tensors", "It is not a model file")
     try:
         with safe_open(path, framework="pt") as f:
             names = list(f.keys())
-            if len(names) > MAX_TENSORS:
-                raise CheckpointError(path.name, f"its header lists {len(names)} tensors", "It is not a model file")
             slices = ((n, f.get_slice(n)) for n in names)
             tensors = {n: Entry(str(s.get_dtype()), tuple(s.get_shape())) for n, s in slices}
             metadata = f.metadata() or {}
@@ -74,6 +76,18 @@ def read(path: str | Path) -> Header:
     if metadata_size(metadata) > MAX_METADATA:
         raise CheckpointError(path.name, "its metadata is larger than 4 MiB", AGAIN)
     return Header(path.name, tensors, metadata)
+
+
+def _count(path: Path) -> int:
+    """How many tensors the header lists, before the library makes objects of them: a million take more than a GB."""
+    word, found = b'"data_offsets"', 0
+    with path.open("rb") as f:
+        left, end = min(int.from_bytes(f.read(8), "little"), MAX_HEADER), b""
+        while left > 0 and (piece := f.read(min(left, 2**20))):
+            left -= len(piece)
+            found += (end + piece).count(word)
+            end = piece[-len(word) + 1 :]
+    return found
 
 
 def names(tensors: Iterable[str]) -> dict[str, str]:

@@ -46,6 +46,11 @@ class KeyReport:
     def count(self, *statuses: str) -> int:
         return sum(s in statuses for s in self.status.values())
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the file was applied."""
+        return self.count(*APPLIED) == len(self.status)
+
     def keys(self, status: str) -> list[str]:
         return [k for k, s in self.status.items() if s == status]
 

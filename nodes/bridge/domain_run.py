@@ -9,18 +9,18 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.samplers
-import comfy.sd
-import comfy.utils
 import torch
 
 from ... import demo
 from ...demo import parts
+from ...lora.status import APPLIED
 from ...prompts import expand, record
 from ...prompts.spec import AUTO, Domain
 from ...sampling import detect, ordinary
 from ...sampling.preset import Preset
 from ...sampling.presets import PRESETS
 from .. import files
+from . import lora as loras
 from . import prompts, sampling
 
 log = logging.getLogger(__name__)
@@ -82,12 +82,13 @@ def run(model, clip, wish: Wish, graph: sampling.Graph, hidden) -> tuple:
     given = expand.parse_overrides(wish.overrides)
     prompt = expand.resolve(domain, wish.subject, wish.seed, style, given, words)
     for lora in plan.loras:
-        model, clip = applied(model, clip, lora)
+        model, clip, note = applied(model, clip, lora)
+        plan.notes += [note] if note else []
     width, height = domain.size(family)
     size = (wish.width or width, wish.height or height)
     model, sampler, sigmas, cfg, guidance = _sampling(plan, family, model, size, graph, wish)
-    loras = [{"file": lora.name, "strength": lora.strength} for lora in plan.loras]
-    more = {"choice": wish.domain, "family": family or "unknown", "size": list(size), "loras": loras,
+    applied_ones = [{"file": lora.name, "strength": lora.strength} for lora in plan.loras]
+    more = {"choice": wish.domain, "family": family or "unknown", "size": list(size), "loras": applied_ones,
             "preset": plan.preset.id if plan.preset else "", "missing": plan.missing, "notes": plan.notes}  # fmt: skip
     text = prompts.note(record.of(prompt, **more), hidden)
     sampling.say("\n".join([prompt.positive, *plan.notes]), graph.node)
@@ -171,22 +172,15 @@ def _plan_distilled(plan: Plan, row: Preset, family: str | None, wish: Wish) -> 
 
 
 def applied(model, clip, lora: LoraFile):
-    """(model, clip) with ``lora``, through ComfyUI's own loader. Raises ValueError when none of its keys fits."""
-    tensors, metadata = comfy.utils.load_torch_file(lora.path, safe_load=True, return_metadata=True)
-    before = _patches(model) + _patches(clip.patcher)
-    model, clip = comfy.sd.load_lora_for_models(
-        model, clip, tensors, lora.strength, lora.strength_clip, lora_metadata=metadata
-    )
-    if _patches(model) + _patches(clip.patcher) == before:
-        raise ValueError(
-            f"{lora.name}: none of its keys fits this model; it is made for another one. Take it out of models/loras "
-            f"or set 'lora' to '{NONE}'"
-        )
-    return model, clip
-
-
-def _patches(patcher) -> int:
-    return sum(map(len, patcher.patches.values()))
+    """(model, clip, what was left out or "") with ``lora``. Raises ValueError when none of its keys fits."""
+    choice = loras.Choice(lora.name, lora.path, lora.strength, lora.strength_clip)
+    try:
+        model, clip, said = loras.apply_one(choice, model, clip)
+    except ValueError as e:
+        raise ValueError(f"{e}. Or take it out of models/loras, or set 'lora' to '{NONE}'") from e
+    left = len(said.status) - said.count(*APPLIED)
+    note = f"{lora.name}: {left} of its {len(said.status)} keys are not applied: {said.reasons()}"
+    return model, clip, "" if said.whole else note
 
 
 def _sampling(plan: Plan, family: str | None, model, size: tuple[int, int], graph: sampling.Graph, wish: Wish) -> tuple:

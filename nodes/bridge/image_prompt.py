@@ -17,6 +17,7 @@ from ...adapters import ImagePrompt, load, sites_for
 from ...adapters.attention import ImageAttention, chosen
 from ...adapters.projection import EMBEDS
 from ...adapters.unicontrol import GlobalAdapter
+from ...checkpoints import header
 from . import selfcheck
 
 COMBINE = ["concatenate", "average"]
@@ -38,6 +39,7 @@ class How:
 
 def adapter(path: str) -> ImagePrompt:
     """The IP-Adapter of a file. Raises ValueError for any other."""
+    header.read(path)
     found = load(path)
     if not isinstance(found, ImagePrompt):
         raise ValueError("this is Uni-ControlNet's global adapter, no IP-Adapter. Use the node Uni-ControlNet Global")
@@ -214,6 +216,7 @@ def append_tokens(positive, negative, clip_vision, image: torch.Tensor, path: st
 
     Raises ValueError when file, CLIP_VISION and text do not go together.
     """
+    header.read(path)
     found = load(path)
     if not isinstance(found, GlobalAdapter):
         raise ValueError("this is an IP-Adapter, not Uni-ControlNet's global adapter. Use the node Apply IP-Adapter")

@@ -43,17 +43,29 @@ def apply(choices: Iterable[Choice], model, clip=None):
     names = vocabulary(model, clip)
     texts = []
     for choice in sorted(choices, key=lambda c: (c.name, c.strength_model, c.strength_clip)):
-        found, tensors, metadata = _match(choice, names)
-        file = Path(choice.name).name
-        _require(report(file, tensors, found), names)
-        if model is not None:
-            model = _patched(model, found, MODEL, choice.strength_model, metadata)
-        if clip is not None:
-            clip = _patched(clip, found, TEXT, choice.strength_clip, metadata)
-        said = report(file, tensors, found, _notes(found, names, choice))
-        _require(said, names)  # once more: now it says what ComfyUI took
+        model, clip, said = _applied(choice, model, clip, names)
         texts.append(said.text())
     return model, clip, "\n\n".join(texts) or "No LoRA was chosen; nothing is changed."
+
+
+def apply_one(choice: Choice, model, clip=None):
+    """(model, clip, KeyReport): as `apply`, of one file."""
+    selfcheck.require()
+    model = None if model is None else with_branches(model)
+    return _applied(choice, model, clip, vocabulary(model, clip))
+
+
+def _applied(choice: Choice, model, clip, names: Vocabulary):
+    found, tensors, metadata = _match(choice, names)
+    file = Path(choice.name).name
+    _require(report(file, tensors, found), names)
+    if model is not None:
+        model = _patched(model, found, MODEL, choice.strength_model, metadata)
+    if clip is not None:
+        clip = _patched(clip, found, TEXT, choice.strength_clip, metadata)
+    said = report(file, tensors, found, _notes(found, names, choice))
+    _require(said, names)  # once more: now it says what ComfyUI took
+    return model, clip, said
 
 
 def inspect(name: str, path: str, model=None, clip=None) -> tuple[str, str]:

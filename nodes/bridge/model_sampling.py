@@ -15,6 +15,7 @@ from comfy_extras import nodes_flux, nodes_model_advanced
 from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 
+from ...checkpoints import header
 from ...quant import kernels
 from ...sampling.detect import GUIDANCE_KEY
 from ...sampling.guidance import omega_bias
@@ -182,6 +183,7 @@ def from_noise(model, first: float):
 
 def guidance_projection(path: str) -> torch.Tensor:
     """The (C, 256) guidance embedding of the LCM file at ``path``. Raises ValueError when it holds none."""
+    header.read(path)
     with safe_open(path, framework="pt") as f:
         name = next((k for k in f.keys() if k.endswith(GUIDANCE_KEY)), None)  # noqa: SIM118
         if name is None:

@@ -157,7 +157,8 @@ def test_a_model_that_is_distilled_already_keeps_its_preset(server, own, whole):
 def test_a_lora_that_fits_nothing_is_an_error(server, own, whole):
     whole("gone", keys=("lora_unet_down", "lora_unet_sideways"))
     result = server.run(domain_graph(own("tea-shop", MINE)))
-    assert "gone.safetensors: none of its keys fits this model; it is made for another one" in result.error
+    assert "gone.safetensors: none of its 6 keys fits" in result.error, result.error
+    assert "unknown to this model" in result.error and "set 'lora' to 'none'" in result.error
     remove(server, "gone")
 
 
