@@ -26,6 +26,7 @@ from pathlib import Path
 from .names import place
 
 MAX_CAPTION, MAX_CAPTION_FILE = 10_000, 2**20
+MAX_COMMAS = 100_000  # in a line of csv
 MARKS = (  # UTF-32 before UTF-16: the one's little-endian mark begins with the other's
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
@@ -127,6 +128,14 @@ def _split(text: str) -> Iterator[str]:
         start = end
 
 
+def _narrow(text: str, name: str) -> Iterator[str]:
+    """`_split`; csv's own reader makes an object of every field, and knows no limit."""
+    for number, line in enumerate(_split(text), 1):
+        if line.count(",") > MAX_COMMAS:
+            raise ValueError(f"{place(name, number)}: it has {line.count(',')} commas, which no line of csv has")
+        yield line
+
+
 def numbered(text: str) -> Iterator[tuple[int, str]]:
     """(number, stripped) of each line that has anything."""
     for number, line in enumerate(_split(text), 1):
@@ -157,7 +166,7 @@ def values(text: str, name: str) -> Iterator[tuple[int, object]]:
 
 def rows(text: str, name: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(number of its first line, column -> text) of each row of csv; "" where a row ends early."""
-    reader, names = csv.reader(_split(text), strict=True), None
+    reader, names = csv.reader(_narrow(text, name), strict=True), None
     while True:
         number = reader.line_num + 1
         try:
