@@ -101,6 +101,33 @@ def test_a_lora_and_a_saved_copy_work_on_it(kind, server, published, tmp_path):
 
 
 @pytest.mark.parametrize("kind", PUBLISHED)
+def test_each_lora_acts_alone_and_after_another(kind, server, published):
+    """One on the layer of two parts alone, one on another layer, queued in turn by ComfyUI's loader and by this pack's."""
+    g = torch.Generator().manual_seed(4)
+    for name, layer, k in (("one", "single_blocks_0_linear2", 1280), ("two", "double_blocks_0_img_attn_proj", 256)):
+        down, up = torch.randn(4, k, generator=g) / k**0.5, torch.randn(256, 4, generator=g) / 4
+        lora = {f"lora_unet_{layer}.lora_down.weight": down, f"lora_unet_{layer}.lora_up.weight": up}
+        save_file(lora, server.models("loras") / f"{name}-{kind}.safetensors")
+
+    def drawn(loader: str, *names: str):
+        graph = workflow("flux", nibble(put(server, published(kind))))
+        for i, name in enumerate(names):
+            link, strength = graph["sample"]["inputs"]["model"], {"strength_model": 1.0}
+            strength |= {"strength_clip": 0.0} if loader == "NibbleApplyLora" else {}
+            more = dict(model=link, lora_name=f"{name}-{kind}.safetensors", **strength)
+            graph[f"lora{i}"] = {"class_type": loader, "inputs": more}
+            graph["sample"]["inputs"]["model"] = [f"lora{i}", 0]
+        return server.latent(server.done(graph), "save")
+
+    plain = drawn("")
+    for loader in ("LoraLoaderModelOnly", "NibbleApplyLora"):
+        two, one, both, two_again = (drawn(loader, *n) for n in (["two"], ["one"], ["one", "two"], ["two"]))
+        assert torch.equal(two, two_again) and torch.equal(drawn(""), plain)
+        for a, b in ((one, plain), (two, plain), (both, one), (both, two)):
+            assert (a - b).norm() / plain.norm() > 0.02, loader
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
 def test_converted_files_sample_the_same(kind, server, published):
     name = put(server, published(kind))
     result = server.done({"c": {"class_type": "NibbleConvert", "inputs": dict(
