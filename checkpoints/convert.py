@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..quant import core_formats
 from ..quant.calib.engine import Layer
-from ..quant.modules import quantize_weight
+from ..quant.modules import quantize_weight, require_float
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan, retarget
 from ..quant.schemes import KEEP, SVDQUANT
@@ -20,9 +20,12 @@ from ..quant.svdquant import SVDQuantWeight
 from . import save
 from .errors import CheckpointError
 from .formats import comfy_quant, core_quant
+from .quantized import SIDES
 from .source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+MOST_TENSORS = 6  # of a quantized layer, its bias among them
+NAMES = ("comfy_quant", *SIDES)  # below a layer: what no float source may hold already
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,14 @@ def quantize(
 
     Never overwrites; raises CheckpointError naming the layer that cannot be done.
     """
+    save.require_free(out)
     options = options or Options()
     plans = options.plans or retarget(
         plan_source(source, options.rank), model_layers(source.shapes, source.prefix), options.target
     )
+    check_names(source, plans)
+    most = len(source.shapes) + MOST_TENSORS * sum(p.scheme != KEEP for p in plans.values())
+    save.require_readable(Path(out).name, most, _kept_info(source), save.RECORD_ROOM)
     dtype, shrink = side_dtype(source)
     tensors: dict[str, Tensor] = {}
     done: list[Converted] = []
@@ -130,9 +137,22 @@ def quantize(
     return Conversion(path, source.family.title, tuple(done), before, path.stat().st_size)
 
 
+def check_names(source: Source, plans: Mapping[str, LayerPlan]) -> None:
+    """Raises CheckpointError for a tensor of the source that has a name which a 4-bit layer's tensors take."""
+    for layer, layer_plan in plans.items():
+        full = source.prefix + layer
+        taken = next((n for n in NAMES if f"{full}.{n}" in source.shapes), None)
+        if layer_plan.scheme != KEEP and taken is not None:
+            what = f"the tensor {taken} beside its weight has a name that the 4-bit layer needs"
+            raise CheckpointError(source.name, what, "Rename that tensor, or take it out", full)
+
+
+def _kept_info(source: Source) -> dict[str, str]:
+    return {k: v for k, v in source.metadata.items() if k.startswith("modelspec.")}
+
+
 def _info(source: Source, options: Options, done: list[Converted]) -> dict[str, str]:
-    info = {k: v for k, v in source.metadata.items() if k.startswith("modelspec.")}
-    return info | save.record(
+    return _kept_info(source) | save.record(
         scheme=" + ".join(sorted({row.plan.scheme for row in done})),
         rank=options.rank,
         group_size=SVDQUANT.group_size,
@@ -173,6 +193,7 @@ def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dt
     weight = source.get(f"{full}.weight").to(options.device)
     bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
     try:
+        require_float(weight)
         if layer_plan.scheme in core_formats.FORMATS:
             q = core_formats.quantize(weight, layer_plan.scheme, dtype)
             error = (q.dequantize().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)

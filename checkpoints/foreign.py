@@ -63,13 +63,20 @@ def capability() -> int | None:
     return 10 * major + minor
 
 
+def amd() -> bool:
+    """Whether this machine's GPU is AMD's."""
+    import torch
+
+    return bool(torch.version.hip) and torch.cuda.is_available()
+
+
 def headers(path: Path) -> tuple[list[Path], header.Header]:
     """The files of a model and their headers as one. Raises CheckpointError."""
     files = folder.files(path)
     heads = [header.read(f) for f in files]
-    if len(heads) == 1 and not path.is_dir():
-        return files, heads[0]
     tensors = {n: e for h in heads for n, e in h.tensors.items()}
+    named = header.names(tensors)
+    tensors = {named[n]: e for n, e in tensors.items()}
     return files, header.Header(path.name, tensors, {k: v for h in heads for k, v in h.metadata.items()})
 
 
@@ -94,9 +101,12 @@ def _bnb(files: list[Path], head: header.Header) -> dict[str, Found]:
     out, kinds = {}, bnb.layers(head.tensors)
     for path in files if kinds else ():
         with safe_open(path, framework="pt") as f:
-            for layer in kinds.keys() & {k.split(bnb.MARK)[0] for k in f.keys() if bnb.MARK in k}:  # noqa: SIM118
+            for key, name in header.names(f.keys()).items():
+                if bnb.MARK not in name:
+                    continue
+                layer = name.split(bnb.MARK)[0]
                 try:
-                    n, k = bnb.state(f.get_tensor(f"{layer}{bnb.MARK}{kinds[layer]}"))["shape"]
+                    n, k = bnb.state(f.get_tensor(key))["shape"]
                 except (ValueError, RecursionError) as e:
                     raise CheckpointError(head.name, str(e), bnb.REPAIR, layer) from e
                 nbytes = sum(e.nbytes for t, e in head.tensors.items() if t.startswith(f"{layer}.weight"))

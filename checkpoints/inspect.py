@@ -14,17 +14,12 @@ from safetensors import safe_open
 
 from ..quant.policy import plan
 from ..quant.schemes import KEEP
-from . import foreign, forms, header, load, native
+from . import foreign, forms, header, load, logical, native, quantized
 from .foreign import Row
-from .formats import comfy_more, comfy_quant, gguf
+from .formats import comfy_quant, gguf
 from .save import RECORD
 
-FP8 = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-SIDE_NAMES = {
-    "weight", "weight_scale", "weight_scale_2", "weight_zero", "weight_s_rel", "weight_s_channel", "weight_codebook",
-    "smooth_factor", "proj_down", "proj_up", "input_scale", "pre_quant_scale", "weight_channel_scale", "absmax",
-    "quant_map",
-}  # fmt: skip
+WEIGHT = {"weight", *quantized.SIDES}  # what stands for a weight in the count of its bytes
 
 
 @dataclass(frozen=True)
@@ -102,11 +97,11 @@ def inspect(path: str | Path) -> Inspection:
     files, head = foreign.headers(path)
     configs = _configs(files, head)
     found = foreign.layers(files, head, configs, path)
-    logical = _logical_shapes(head, configs) | {f"{n}.weight": (x.n, x.k) for n, x in found.layers.items()}
-    names = native.naming({n: e.shape for n, e in head.tensors.items()} | logical, found.config, head.name)
+    shapes = logical.shapes(head.tensors, configs) | {f"{n}.weight": (x.n, x.k) for n, x in found.layers.items()}
+    names = native.naming({n: e.shape for n, e in head.tensors.items()} | shapes, found.config, head.name)
     family, prefix = names.family, names.prefix
     end = ".weight"
-    layers = {n[: -len(end)]: s for n, s in logical.items() if n.startswith(prefix) and n.endswith(end) and len(s) == 2}
+    layers = {n[: -len(end)]: s for n, s in shapes.items() if n.startswith(prefix) and n.endswith(end) and len(s) == 2}
     sides = _sides(head)
     reasons = plan({n[len(prefix) :]: s for n, s in layers.items()}, family.rules, 32)
     rows = []
@@ -128,7 +123,7 @@ def inspect(path: str | Path) -> Inspection:
 def _finish(name: str, family, found: tuple) -> Inspection:
     """The inspection with its advice for this machine's GPU. ``found``: (prefix, rows, bytes, record, maker)."""
     prefix, rows, nbytes, record, maker = found
-    advice = forms.advice({r.scheme for r in rows}, foreign.capability())
+    advice = forms.advice({r.scheme for r in rows}, foreign.capability(), foreign.amd())
     if family.unsupported:
         advice.append(family.unsupported)
     return Inspection(name, family.title, prefix, rows, nbytes, record, maker, tuple(advice), family.id)
@@ -138,8 +133,10 @@ def _what(head: header.Header, name: str, config: dict | None, policy) -> tuple[
     if config is not None:
         return config["format"], policy.reason if policy.scheme != KEEP else "quantized by its maker"
     dtype = head.tensors[f"{name}.weight"].dtype
-    if dtype in FP8:
-        return FP8[dtype], "quantized by its maker"
+    if dtype in quantized.FP8:
+        return quantized.FP8[dtype], "quantized by its maker"
+    if dtype in quantized.INTEGERS or dtype.startswith(quantized.NARROW):
+        return dtype, "codes, and nothing says what they stand for"
     if policy.scheme != KEEP:
         return KEEP, f"{dtype}; the policy would make it {policy.scheme}"
     return KEEP, policy.reason
@@ -150,30 +147,11 @@ def _configs(files: list[Path], head: header.Header) -> dict[str, dict]:
     out = load.file_level(head.metadata, head.name)
     for path in files:
         with safe_open(path, framework="pt") as f:
-            for key in (k for k in f.keys() if k.endswith(comfy_quant.SUFFIX)):  # noqa: SIM118
-                layer = key.removesuffix(comfy_quant.SUFFIX)
-                out[layer] = comfy_quant.decode_config(f.get_tensor(key), head.name, layer)
+            for key, name in header.names(f.keys()).items():
+                if name.endswith(comfy_quant.SUFFIX):
+                    layer = name.removesuffix(comfy_quant.SUFFIX)
+                    out[layer] = comfy_quant.decode_config(f.get_tensor(key), head.name, layer)
     return out
-
-
-def _logical_shapes(head: header.Header, configs: dict[str, dict]) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes with each quantized weight's as (N, K), whatever its storage."""
-    shapes = {n: e.shape for n, e in head.tensors.items()}
-    for layer, config in configs.items():
-        shape = shapes.get(f"{layer}.weight")
-        if shape is None:
-            continue
-        if config.get("format") == comfy_more.WEIGHT_ONLY:
-            shapes[f"{layer}.weight"] = (config.get("out_features", 0), config.get("in_features", 0))
-        elif len(shape) == 4:
-            shapes[f"{layer}.weight"] = (shape[0] * 128, shape[1] * 64)
-        elif (
-            len(shape) == 2
-            and head.tensors[f"{layer}.weight"].dtype in ("I8", "U8")
-            and config.get("format") != "int8_tensorwise"
-        ):
-            shapes[f"{layer}.weight"] = (shape[0], shape[1] * 2)
-    return shapes
 
 
 def _sides(head: header.Header) -> dict[str, dict[str, int]]:
@@ -181,7 +159,7 @@ def _sides(head: header.Header) -> dict[str, dict[str, int]]:
     out: dict[str, dict[str, int]] = {}
     for name, entry in head.tensors.items():
         layer, _, last = name.rpartition(".")
-        if last in SIDE_NAMES:
+        if last in WEIGHT:
             out.setdefault(layer, {})[last] = entry.nbytes
     return out
 

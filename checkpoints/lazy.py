@@ -18,8 +18,9 @@ from .errors import CheckpointError
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -31,13 +32,15 @@ class LazyTensors(MutableMapping):
         self._files = [path.open("rb") for path, _ in heads]
         self._places: dict[str, tuple] = {}
         self._held: dict[str, Tensor] = {}
+        named = header.names(n for _, head in heads for n in head.tensors)
         for (path, head), file in zip(heads, self._files, strict=True):
             start = 8 + int.from_bytes(file.read(8), "little")
             offsets = json.loads(file.read(start - 8))
-            for name, entry in head.tensors.items():
+            for key, entry in head.tensors.items():
+                name = named[key]
                 if name in self._places:
                     raise CheckpointError(path.name, "two files of the folder hold this tensor", header.AGAIN, name)
-                self._places[name] = (file, start + offsets[name]["data_offsets"][0], entry, path.name)
+                self._places[name] = (file, start + offsets[key]["data_offsets"][0], entry, path.name)
 
     def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype by safetensors' name, shape), without reading."""

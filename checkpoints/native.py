@@ -37,8 +37,10 @@ def logical_shapes(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
     out = dict(names)
     for name in names:
         if name.endswith(nunchaku.END) and len(names[name]) == 2:
+            layer = name.removesuffix(nunchaku.END)
             n, half = names[name]
-            out.setdefault(name.removesuffix(nunchaku.END) + ".weight", (n, 2 * half))
+            scales = names.get(f"{layer}.wscales", ())
+            out.setdefault(f"{layer}.weight", (scales[1] if len(scales) == 2 else n, 2 * half))  # awq packs rows too
     return out
 
 

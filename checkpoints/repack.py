@@ -20,9 +20,10 @@ from ..quant.policy import LayerPlan, plan
 from ..quant.schemes import KEEP
 from ..quant.svdquant import SVDQuantWeight
 from ..quant.weight_only import WeightOnly
-from . import families, folder, load, save
+from . import families, folder, header, lazy, load, logical, quantized, save
+from .convert import NAMES
 from .errors import CheckpointError
-from .formats import comfy_quant
+from .formats import comfy_quant, gguf
 from .formats.stored import StoredLayer
 
 Progress = Callable[[int, int, str], None]  # done, total, what
@@ -65,13 +66,10 @@ def repack(
 ) -> Repacked:
     """The file ``out`` of the model at ``path``. Never overwrites; raises CheckpointError naming the layer."""
     options, path, out = options or Options(), Path(path), Path(out)
-    if out.exists():
-        raise CheckpointError(out.name, "there is a file of this name already", "Choose another name")
+    save.require_free(out)
     checkpoint = load.load(path)
-    if not checkpoint.layers and not comfy_quant.detect(checkpoint.dense):
-        raise CheckpointError(path.name, "it has no 4-bit layer", "Quantize it with nibble quantize instead")
-    shapes = {f"{n}.weight": x.weight.shape for n, x in checkpoint.layers.items()}
-    family, prefix = families.detect({n: tuple(t.shape) for n, t in checkpoint.dense.items()} | shapes)
+    _check(checkpoint, path.name)
+    family, prefix = families.detect(_shapes(checkpoint, path.name))
     plans = _plans(checkpoint.layers, family, prefix, options)
     tensors = dict(checkpoint.dense)
     forms, formats, again, total = Counter(), Counter(), 0, len(checkpoint.layers)
@@ -89,8 +87,43 @@ def repack(
         formats[comfy_quant.decode_config(stored[f"{name}.comfy_quant"], path.name, name)["format"]] += 1
         tensors |= stored
     before = sum(f.stat().st_size for f in folder.files(path))
+    if _nameless(path):
+        tensors = {n.removeprefix(f"{header.ALONE}."): t for n, t in tensors.items()}
     save.save(out, tensors, _info(path, family, forms, formats, again))
     return Repacked(out, family.title, dict(forms), dict(formats), again, before, out.stat().st_size)
+
+
+def _check(checkpoint: load.Checkpoint, name: str) -> None:
+    """Raises CheckpointError where there is nothing to convert, or a name is taken."""
+    if not checkpoint.layers and not comfy_quant.detect(checkpoint.dense):
+        what = lazy.entries(checkpoint.dense)
+        found = quantized.first(what, {}, lambda _layer: "comfy_quant")
+        if found is None:
+            raise CheckpointError(name, "it has no 4-bit layer", "Quantize it with nibble quantize instead")
+        remedy = "Convert or quantize another file of the model: its 16-bit original, or one made for ComfyUI"
+        raise CheckpointError(name, f"it has no 4-bit layer that can be converted ({found[1]})", remedy, found[0])
+    for layer in checkpoint.layers:
+        taken = next((n for n in ("weight", *NAMES) if f"{layer}.{n}" in checkpoint.dense), None)
+        if taken is not None:
+            what = f"the tensor {taken} beside it has a name that the converted layer needs"
+            raise CheckpointError(name, what, "Rename that tensor, or take it out", layer)
+
+
+def _nameless(path: Path) -> bool:
+    """Whether the source is one layer without a name, which it gets back."""
+    if gguf.is_gguf(path):
+        return False
+    return all(k != v for k, v in header.names(n for f in folder.files(path) for n in header.read(f).tensors).items())
+
+
+def _shapes(checkpoint: load.Checkpoint, name: str) -> dict[str, tuple[int, ...]]:
+    """Logical shapes, those of layers in ComfyUI's own formats among them."""
+    dense = {n: header.Entry(dtype, shape) for n, (dtype, shape) in lazy.entries(checkpoint.dense).items()}
+    end = comfy_quant.SUFFIX
+    marks = {n.removesuffix(end): t for n, t in checkpoint.dense.items() if n.endswith(end)}
+    configs = {layer: comfy_quant.decode_config(t, name, layer) for layer, t in marks.items()}
+    ours = {f"{n}.weight": x.weight.shape for n, x in checkpoint.layers.items()}
+    return logical.shapes(dense, configs) | ours
 
 
 def _info(path: Path, family, forms: Counter, formats: Counter, again: int) -> dict[str, str]:

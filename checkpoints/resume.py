@@ -48,11 +48,11 @@ class Folder:
                 tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
             bias = tensors.pop(f"{ENTRY}.bias", None)
             weight = comfy_quant.read(tensors, path.name)[ENTRY].weight
-        except (SafetensorError, CheckpointError, OSError, KeyError, ValueError, TypeError):
-            return None
-        solved = Solved(weight, bias, **values.pop("solved"))
-        plan, shape = LayerPlan(**values.pop("plan")), tuple(values.pop("shape"))
-        return Layer(plan=plan, shape=shape, solved=solved, **values)
+            solved = Solved(weight, bias, **values.pop("solved"))
+            plan, shape = LayerPlan(**values.pop("plan")), tuple(values.pop("shape"))
+            return Layer(plan=plan, shape=shape, solved=solved, **values)
+        except (SafetensorError, CheckpointError, OSError, KeyError, ValueError, TypeError, AttributeError):
+            return None  # broken, or written by another version: solved again
 
     def put(self, layer: Layer) -> None:
         s = layer.solved

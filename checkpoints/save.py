@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -12,9 +13,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import header
 from .errors import CheckpointError
 
+log = logging.getLogger(__name__)
 RECORD = "nibble"  # the metadata key of our record, a JSON object
+RECORD_ROOM = 2**16  # what a record takes at most
 DISTRIBUTION = "nibble-4bit"
 
 
@@ -37,18 +41,63 @@ def sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], info: Mapping[str, str], overwrite: bool = False) -> Path:
-    """Writes a safetensors file through a temporary one in the same folder. Raises CheckpointError when ``path``
-    exists.
+def require_free(path: str | Path) -> None:
+    """Raises CheckpointError when ``path`` exists: asked before the work as well as when it is written."""
+    path = Path(path)
+    if path.exists():
+        raise CheckpointError(path.name, "there is a file of this name already", "Choose another name")
+
+
+def require_readable(name: str, tensors: int, info: Mapping[str, str], room: int = 0) -> None:
+    """Raises CheckpointError for what `header.read` would refuse to read: too much metadata (``room``: bytes of it that
+    are still to come), or too many tensors.
+    """
+    size = header.metadata_size(info) + room
+    if size > header.MAX_METADATA:
+        key = max(info, key=lambda k: len(info[k]), default="")
+        what = f"its metadata would take {size / 2**20:.1f} MiB, most of it {key[:80]!r}, and 4 MiB are the most"
+        raise CheckpointError(name, what, "Take that entry out")
+    if tensors > header.MAX_TENSORS:
+        what = f"it would hold {tensors} tensors, and {header.MAX_TENSORS} are the most"
+        raise CheckpointError(name, what, "It is no model that can be read again")
+
+
+def fitting(name: str, info: Mapping[str, str], optional: Iterable[str]) -> dict[str, str]:
+    """``info`` without as many of its ``optional`` entries, the largest first, as it takes to be readable; the log says
+    which.
+    """
+    info = dict(info)
+    for key in sorted(set(optional) & info.keys(), key=lambda k: -len(info[k])):
+        if header.metadata_size({"format": "pt", **info}) <= header.MAX_METADATA:
+            break
+        size = len(info.pop(key)) / 2**20
+        log.warning("%s: its metadata entry %s (%.1f MiB) is left out: 4 MiB are the most", name, key, size)
+    return info
+
+
+def save(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, str],
+    overwrite: bool = False,
+    optional: Iterable[str] = (),
+) -> Path:
+    """Writes a safetensors file through a temporary one in the same folder. ``optional``: keys of ``info`` that may be
+    left out where it would be too large to be read. Raises CheckpointError when ``path`` exists, and for what could
+    not be read again.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise CheckpointError(path.name, "there is a file of this name already", "Choose another name")
+    if not overwrite:
+        require_free(path)
+    info = {"format": "pt", **fitting(path.name, info, optional)}
+    require_readable(path.name, len(tensors), info)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(_separate(tensors), part, {"format": "pt", **info})
+        save_file(_separate(tensors), part, info)
         _sort_metadata(part)
+        if not overwrite:
+            require_free(path)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

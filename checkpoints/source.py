@@ -5,8 +5,7 @@ Both look alike from outside: native tensor names, shapes, and one tensor at a t
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import header
+from . import folder, header, load, quantized
 from .errors import CheckpointError
 from .families import FamilySpec, KeyRule, by_diffusers_class, detect
-from .formats import bnb
+from .formats import comfy_quant
 
 FLOATS = {"F16", "BF16", "F32", "F64"}
-DENOISERS = ("transformer", "unet")
+ORIGINAL = "Quantize the 16-bit original instead"
 
 
 @dataclass
@@ -62,51 +61,74 @@ class Source:
 
 
 def open_source(path: str | Path) -> Source:
-    """What is at ``path``: a safetensors file, a diffusers pipeline folder, or its unet/transformer folder.
+    """What is at ``path``: a safetensors file or one shard of several, a diffusers pipeline folder, or its
+    unet/transformer folder.
 
     Raises CheckpointError for anything else, for a model that is quantized already, and for unknown diffusers classes.
     """
     path = Path(path)
-    source = _from_folder(path) if path.is_dir() else _from_file(path)
-    for name, dtype in source.dtypes.items():
-        if name.endswith((".comfy_quant", ".qweight")) or bnb.MARK in name:
-            layer = name.split(bnb.MARK)[0] if bnb.MARK in name else name.rsplit(".", 1)[0]
-            raise CheckpointError(source.name, "it is quantized already", "Quantize the 16-bit original instead", layer)
-        if name.endswith(".weight") and dtype.startswith("F8"):
-            layer = name.removesuffix(".weight")
-            raise CheckpointError(
-                source.name, f"its weights are {dtype}", "Quantize the 16-bit original instead", layer
-            )
-    return source
-
-
-def _from_file(path: Path) -> Source:
-    head = header.read(path)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.name.startswith(folder.STEM) and _known(folder.config(path)) is not None:
+        return _from_folder(path.parent)
+    files = folder.files(path)
+    head = _read(path.name, files)
     shapes = {n: e.shape for n, e in head.tensors.items()}
     family, prefix = detect(shapes)
     dtypes = {n: e.dtype for n, e in head.tensors.items()}
-    return Source(path.name, family, prefix, [path], shapes, dtypes, dict(head.metadata))
+    return Source(path.name, family, prefix, files, shapes, dtypes, dict(head.metadata))
 
 
-def _from_folder(folder: Path) -> Source:
-    home = next((folder / d for d in DENOISERS if (folder / d / "config.json").is_file()), folder)
-    name = f"{folder.name}/{home.name}" if home != folder else folder.name
-    try:
-        config = json.loads((home / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+def _read(name: str, files: list[Path]) -> header.Header:
+    """The headers of ``files`` as one. Raises CheckpointError naming the layer for a model that is quantized."""
+    heads = [header.read(f) for f in files]
+    tensors = {n: e for h in heads for n, e in h.tensors.items()}
+    metadata = {k: v for h in heads for k, v in h.metadata.items()}
+    listed = {layer: str(c.get("format")) for layer, c in load.file_level(metadata, name).items()}
+    found = quantized.first(
+        {n: (e.dtype, e.shape) for n, e in tensors.items()}, listed, lambda layer: _format(files, layer)
+    )
+    if found is not None:
+        raise CheckpointError(name, f"it is quantized already ({found[1]})", ORIGINAL, found[0])
+    return header.Header(name, tensors, metadata)
+
+
+def _format(files: list[Path], layer: str) -> str:
+    """The format in a layer's own entry, as far as it is readable."""
+    key = f"{layer}{comfy_quant.SUFFIX}" if layer else comfy_quant.SUFFIX[1:]
+    for path in files:
+        with safe_open(path, framework="pt") as f:
+            if key in f.keys():  # noqa: SIM118
+                try:
+                    return comfy_quant.decode_config(f.get_tensor(key), path.name, layer)["format"]
+                except CheckpointError:
+                    break
+    return "its comfy_quant entry says how"
+
+
+def _known(config: Mapping) -> FamilySpec | None:
+    """The family of a diffusers config whose names this version knows."""
+    family = by_diffusers_class(str(config.get("_class_name", "")), config)
+    return None if family is None or family.key_rules is None else family
+
+
+def _from_folder(path: Path) -> Source:
+    home = folder.home(path)
+    name = f"{path.name}/{home.name}" if home != path else path.name
+    config = folder.config(path)
+    if not config:
         remedy = "Give a folder with unet/config.json or transformer/config.json, or a safetensors file"
-        raise CheckpointError(name, "not a diffusers folder", remedy) from e
-    family = by_diffusers_class(config.get("_class_name", ""), config)
-    if family is None or family.key_rules is None:
+        raise CheckpointError(name, "not a diffusers folder", remedy)
+    files = folder.files(path)
+    found = _read(name, files).tensors
+    method = config.get("quantization_config")
+    if isinstance(method, Mapping) and method:
+        what = f"its config.json says that it is quantized ({str(method.get('quant_method', 'no method given'))[:60]})"
+        raise CheckpointError(name, what, ORIGINAL)
+    family = _known(config)
+    if family is None:
         what = f"class {config.get('_class_name')!r} is not one whose names this version knows"
         raise CheckpointError(name, what, "Quantize the model's single-file checkpoint instead")
-    files = sorted(home.glob("diffusion_pytorch_model*.safetensors"))
-    plain = [f for f in files if ".fp16" not in f.name and ".non_ema" not in f.name]
-    files = plain or files
-    if not files:
-        raise CheckpointError(name, "it holds no diffusion_pytorch_model*.safetensors", "Save the model as safetensors")
-    heads = [header.read(f) for f in files]
-    found = {n: e for h in heads for n, e in h.tensors.items()}
     shapes, dtypes, rules = {}, {}, {}
     for rule in family.key_rules(config):
         entries = [found.get(s) for s in rule.sources]

@@ -10,14 +10,15 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints import resume
-from ..checkpoints.convert import Conversion, Options, plan_source, quantize, side_dtype
+from ..checkpoints.convert import Conversion, Options, check_names, plan_source, quantize, side_dtype
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.header import BYTES
+from ..checkpoints.save import require_free
 from ..checkpoints.source import Source
 from ..prompts import batch, calibration
 from ..prompts import domain as domains
 from ..quant.calib import allocate
-from ..quant.calib.engine import Job, Layer, Watch, calibrate
+from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate
 from ..quant.calib.presets import Preset
 from ..quant.policy import LayerPlan
 from ..quant.schemes import KEEP
@@ -102,7 +103,9 @@ def signature(source: Source, work: Job, inputs: Inputs) -> str:
     weights = {n: work.weight(n)[0] for n in work.plans}
     plans = {n: [p.scheme, p.rank, p.act_unsigned] for n, p in work.plans.items()}
     drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed, work.fit]
-    values = dict(plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn)
+    values = dict(
+        plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn, method=METHOD
+    )
     return resume.signature(weights=resume.fingerprint(weights), **values)
 
 
@@ -117,8 +120,8 @@ def run(
     say: Callable[[Layer, int, int], None] = lambda *_: None,
 ) -> tuple[Conversion, dict[str, Layer]]:
     """Calibrates and writes ``out``. Solved layers are kept beside it until then, so a stopped run goes on."""
-    if out.exists():
-        raise CheckpointError(out.name, "there is a file of this name already", "Choose another name")
+    require_free(out)
+    check_names(source, options.plans or plan_source(source, options.rank))
     work = job(source, pipe, inputs, preset, options, budget)
     store = resume.Folder(out.with_name(f".{out.name}.solved"), signature(source, work, inputs))
     layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
@@ -126,6 +129,7 @@ def run(
         "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
         "cfg": inputs.cfg, "prompts_sha256": resume.signature(prompts=list(inputs.prompts)),
         "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
+        "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
     }  # fmt: skip
     plans = options.plans or plan_source(source, options.rank)
     done = replace(options, solved=layers, calibration=record, plans=plans)

@@ -112,9 +112,11 @@ def run_demo(args) -> None:
 
 def run_quantize(args) -> None:
     from ..checkpoints.convert import Options, quantize
+    from ..checkpoints.save import require_free
     from ..checkpoints.source import open_source
     from .pipeline import device_and_dtype
 
+    require_free(args.out)
     if args.preset != "data_free":
         if args.target != TARGETS[0]:
             raise ValueError("--target goes with --preset data_free: calibration is for svdquant_w4a4")

@@ -25,7 +25,10 @@ class QuantizedLayer:
 def quantize_weight(
     weight: Tensor, bias: Tensor | None, plan: LayerPlan, dtype: torch.dtype, seed: int = 0
 ) -> QuantizedLayer:
-    """Data-free quantization of one (N, K) weight. Raises ValueError for non-finite weights or an unknown scheme."""
+    """Data-free quantization of one (N, K) weight. Raises ValueError for codes, non-finite weights or an unknown
+    scheme.
+    """
+    require_float(weight)
     if not torch.isfinite(weight).all():
         raise ValueError("the weight holds NaN or infinity")
     if plan.scheme == SVDQUANT.id:
@@ -38,6 +41,12 @@ def quantize_weight(
         raise ValueError(f"no quantizer for scheme {plan.scheme!r}")
     norm = weight.float().norm()
     return QuantizedLayer(q, bias, float((dense - weight.float()).norm() / norm) if norm > 0 else 0.0)
+
+
+def require_float(weight: Tensor) -> None:
+    """Raises ValueError for a tensor that holds codes: taken for numbers they quantize without a complaint."""
+    if not weight.is_floating_point():
+        raise ValueError(f"the weight is {weight.dtype}, codes of a layer that is quantized already")
 
 
 def _as(new: Tensor | None, old: Tensor | None, dtype: torch.dtype) -> Tensor | None:

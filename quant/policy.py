@@ -12,12 +12,17 @@ from .schemes import KEEP, SCHEMES, SVDQUANT, scheme
 
 @dataclass(frozen=True)
 class Rule:
-    """``pattern`` is searched in a layer's dotted name; the first rule of a policy that matches decides."""
+    """``pattern`` is searched in a layer's dotted name; the first rule of a policy that matches decides.
+
+    ``act_unsigned``: the layer reads a GELU. ``after``: what the match is replaced by to name the layer whose output
+    that GELU takes. Where that layer has more rows than this one has columns its output is gated, and the claim falls.
+    """
 
     pattern: str
     scheme: str
     reason: str
     act_unsigned: bool = False
+    after: str = ""
 
     def __post_init__(self):
         re.compile(self.pattern)
@@ -56,9 +61,18 @@ def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: i
         row, (n, k) = scheme(rule.scheme), shape
         if not row.fits(n, k):
             out[name] = LayerPlan(KEEP, f"K={k} is not a multiple of {row.group_size}")
-        else:
-            out[name] = LayerPlan(row.id, rule.reason, min(rank, n, k) if row.low_rank else 0, rule.act_unsigned)
+            continue
+        unsigned, reason = rule.act_unsigned, rule.reason
+        if unsigned and _gated(rule, name, shapes):
+            unsigned, reason = False, "reads a gated product, not a GELU alone"
+        out[name] = LayerPlan(row.id, reason, min(rank, n, k) if row.low_rank else 0, unsigned)
     return out
+
+
+def _gated(rule: Rule, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the layer before ``name`` has another number of rows than ``name`` has columns."""
+    before = shapes.get(re.sub(rule.pattern, rule.after, name)) if rule.after else None
+    return before is not None and before[0] != shapes[name][1]
 
 
 TARGETS = (SVDQUANT.id, *core_formats.FORMATS)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from . import flux, generic, pixart, qwen_image, sana, sd3, sd15, sdxl, z_image
+from . import flux, flux2, generic, pixart, qwen_image, sana, sd3, sd15, sdxl, z_image
 from .spec import PREFIXES, FamilySpec, KeyRule, Place, Published, Shapes
 
 FAMILIES: tuple[FamilySpec, ...] = (
-    sdxl.FAMILY, sd15.FAMILY, flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY, pixart.FAMILY, sana.FAMILY,
-    generic.FAMILY,
+    sdxl.FAMILY, sd15.FAMILY, flux2.FAMILY, flux.FAMILY, sd3.FAMILY, qwen_image.FAMILY, z_image.FAMILY, pixart.FAMILY,
+    sana.FAMILY, generic.FAMILY,
 )  # fmt: skip
 GENERIC = generic.FAMILY
 

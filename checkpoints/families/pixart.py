@@ -16,7 +16,8 @@ FAMILY = FamilySpec(
     ),
     rules=(
         Rule(r"blocks\.\d+\.cross_attn\.kv_linear$", KEEP, "text key and value: few tokens, no speed to win"),
-        Rule(r"blocks\.\d+\.mlp\.fc2$", SVDQUANT.id, "reads a GELU", act_unsigned=True),
+        # GELU in its tanh form, in ComfyUI's class as in the authors'
+        Rule(r"(blocks\.\d+\.mlp)\.fc2$", SVDQUANT.id, "reads a GELU", act_unsigned=True, after=r"\1.fc1"),
         Rule(
             r"blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q_linear|proj)|mlp\.fc1)$",
             SVDQUANT.id,

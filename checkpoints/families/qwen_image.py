@@ -10,7 +10,8 @@ from .spec import FamilySpec, Place, Published, in_blocks
 
 RULES = (
     Rule(r"(img_mod|txt_mod)\.1$", AWQ.id, "modulation: one row per image"),
-    Rule(r"(img_mlp|txt_mlp)\.net\.2$", SVDQUANT.id, "reads a GELU", act_unsigned=True),
+    # GELU in its tanh form, in ComfyUI's class as in diffusers'
+    Rule(r"(img_mlp|txt_mlp)\.net\.2$", SVDQUANT.id, "reads a GELU", act_unsigned=True, after=r"\1.net.0.proj"),
     Rule(r"transformer_blocks\.\d+\.(attn\.|img_mlp|txt_mlp)", SVDQUANT.id, "attention and feed-forward"),
     Rule(r"", KEEP, "embedder, norm or output layer"),
 )

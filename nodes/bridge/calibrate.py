@@ -11,6 +11,7 @@ import comfy.model_management
 import comfy.sample
 import comfy.utils
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from server import PromptServer
 
 from ...checkpoints import families, resume
@@ -105,9 +106,21 @@ def plans_of(model, settings: Settings) -> tuple[dict[str, LayerPlan], str]:
     return plans, family.title
 
 
+def refuse_quantized(module, remedy: str) -> None:
+    """Raises ValueError for a model that is quantized already. Scaled fp8 counts as 16 bits: it is read as numbers."""
+    for name, m in module.named_modules():
+        weight = getattr(m, "weight", None)
+        if kernels.is_ours(weight):
+            raise ValueError(f"This model is 4-bit already. {remedy}")
+        if isinstance(weight, QuantizedTensor) and "FP8" not in weight._layout_cls:
+            fmt = getattr(m, "quant_format", None) or weight._layout_cls
+            raise ValueError(f"This model is quantized already (layer {name}: {fmt}). {remedy}")
+        if isinstance(weight, torch.Tensor) and not weight.is_floating_point():
+            raise ValueError(f"This model is quantized already (layer {name}: its weight is {weight.dtype}). {remedy}")
+
+
 def _refuse(model, module) -> None:
-    if any(kernels.is_ours(getattr(m, "weight", None)) for m in module.modules()):
-        raise ValueError("This model is 4-bit already. Calibrate the 16-bit original")
+    refuse_quantized(module, "Calibrate the 16-bit original")
     if hasattr(module, "_orig_mod") or "torch.compile" in model.object_patches:
         raise ValueError("This model is compiled, and calibration must see its layers. Put TorchCompileModel after it")
 
@@ -149,7 +162,8 @@ def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, Layer
             conds |= {f"{i}.{side}.{j}": entry[0] for j, entry in enumerate(cond)}
     return resume.signature(
         weights=resume.fingerprint(weights), conds=resume.fingerprint(conds), settings=vars(settings),
-        latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank] for n, p in plans.items()},
+        latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank, p.act_unsigned] for n, p in plans.items()},
+        method=engine.METHOD,
     )  # fmt: skip
 
 
@@ -158,7 +172,7 @@ def _record(settings: Settings, inputs: Inputs, layers: dict[str, Layer], family
     t = report.totals(layers)
     calibration = {
         "method": settings.preset, "seed": settings.seed, "prompts": len(inputs.pairs), "levels": settings.levels,
-        "cfg": settings.cfg, "kept_calibrated": t["calibrated"], "error": t["error"],
+        "cfg": settings.cfg, "kept_calibrated": t["calibrated"], "unsigned": t["unsigned"], "error": t["error"],
     }  # fmt: skip
     schemes = sorted({x.plan.scheme for x in layers.values()} - {KEEP})
     return record(

@@ -13,7 +13,7 @@ import comfy.utils
 import torch
 
 from ...checkpoints.formats.stored import StoredLayer
-from ...checkpoints.save import RECORD, record, save
+from ...checkpoints.save import RECORD, record, require_free, save
 from ...quant import kernels, svdquant
 from ...quant.schemes import KEEP, SVDQUANT
 from ...training import loftq as initial
@@ -56,8 +56,10 @@ def loftq(model, settings: Start, out: Path, node_id: str | None = None):
     a model that is 4-bit already or has nothing to quantize.
     """
     selfcheck.require()
-    if any(kernels.is_ours(getattr(m, "weight", None)) for m in model.model.diffusion_model.modules()):
-        raise ValueError("This model is 4-bit already, and LoftQ needs the weights before that. Connect the original")
+    require_free(out)
+    calibrate.refuse_quantized(
+        model.model.diffusion_model, "LoftQ needs the weights before that: connect the 16-bit original"
+    )
     whole = calibrate.Settings("data_free", SVDQUANT.id, settings.base_rank, 0, 2, 1.0, 0)
     plans, family = calibrate.plans_of(model, whole)
     plans = {n: p for n, p in plans.items() if p.scheme != KEEP}

@@ -16,7 +16,7 @@ PREFIX = "model.diffusion_model."
 
 def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -> None:
     """Writes ``model`` to ``path`` with native names. The workflow goes into the metadata unless the user disabled
-    that.
+    that, or it is too large for a file that can be read again.
     """
     comfy.model_management.load_models_gpu([model])
     sd = model.state_dict_for_saving()
@@ -26,6 +26,7 @@ def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -
     schemes = sorted({comfy_quant.decode_config(v, path, n)["format"] for n, v in entries.items() if v.numel()})
     info = save.record(scheme=" + ".join(schemes) or "16-bit", saved_from="a workflow")
     info |= dict(getattr(model, "attachments", {}).get("nibble_record", {}))
+    graph = {}
     if not args.disable_metadata:
-        info |= {k: json.dumps(v) for k, v in {"prompt": prompt, **(extra or {})}.items() if v is not None}
-    save.save(path, tensors, info)
+        graph = {k: json.dumps(v) for k, v in {"prompt": prompt, **(extra or {})}.items() if v is not None}
+    save.save(path, tensors, graph | info, optional=graph.keys() - info.keys())

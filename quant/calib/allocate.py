@@ -17,7 +17,7 @@ from .. import core_formats
 from ..policy import LayerPlan
 from ..schemes import KEEP, SVDQUANT, scheme
 from .presets import PRESETS, Preset
-from .solve import Sample, Solved, solve
+from .solve import Sample, Solved, solve, solve_best
 
 RANKS = (16, 32, 64, 128)
 FILE_OVERHEAD, LAYER_OVERHEAD, TENSOR_OVERHEAD = 8192, 1536, 256  # header and marks of a file: more than they take
@@ -43,13 +43,12 @@ def measure(weight: torch.Tensor, sample: Sample | None, plan: LayerPlan, preset
     g = torch.Generator().manual_seed(seed)
     some = torch.randperm(n, generator=g)[:QUICK_ROWS].to(weight.device)
     few, quick = (
-        Sample(sample.tokens[:QUICK_TOKENS], sample.maxima),
+        Sample(sample.tokens[:QUICK_TOKENS], sample.maxima, sample.floor),
         replace(preset, refits=min(1, preset.refits), gptq=False),
     )
     out = []
     for rank in [r for r in RANKS if r <= min(n, k) // 2] or [min(plan.rank, n, k)]:
-        found = solve(weight[some], None, few, replace(plan, rank=rank), quick, torch.bfloat16, seed)
-        ranked = replace(plan, rank=rank)
+        ranked, found = solve_best(weight[some], None, few, replace(plan, rank=rank), quick, torch.bfloat16, seed)
         out.append(Option(ranked, stored_bytes(ranked, (n, k)), found.error))
     if core_formats.FORMATS[EIGHT_BIT].fits(n, k):
         q = core_formats.quantize(weight[some], EIGHT_BIT, torch.bfloat16)

@@ -15,13 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..modules import require_float
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
 from .observe import DEFAULT_BUDGET, Observer, runs_needed
 from .presets import Preset
 from .reservoir import Reservoir, limit_for
-from .solve import Sample, Solved, solve
+from .solve import Sample, Solved, solve_best
+
+METHOD = 2  # goes up when the same inputs give other layers, so that those kept by an unfinished run are not taken
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Collection:
         for reservoirs in [self._kept] if self._kept is not None else self._runs():
             for lead, reservoir in reservoirs.items():
                 tokens = reservoir.tokens().to(self.job.device).float()
-                sample = Sample(tokens, reservoir.maxima.to(self.job.device))
+                sample = Sample(tokens, reservoir.maxima.to(self.job.device), reservoir.lowest)
                 for name in (n for home in self.observer.members(lead) for n in self.homes[home]):
                     reached.add(name)
                     yield name, sample
@@ -118,6 +121,7 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
     """Solves every planned layer of ``module``; returns them by name in the order of the plan, with the plan they got.
 
     Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
+    Whether a layer's activations are unsigned is what its input says, where one was seen.
     """
     watch = watch or Watch()
     wanted = [n for n, p in job.plans.items() if p.scheme != KEEP]
@@ -148,22 +152,32 @@ def _fitted(collection: Collection, job: Job, check: Callable[[], None]) -> dict
     options: dict[str, list[allocate.Option]] = {}
     for name, sample in collection.walk():
         check()
-        weight = job.weight(name)[0].to(job.device).float()
+        weight, _ = _float_weight(name, job)
         options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
     return allocate.fit(options, job.fit)
 
 
-def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer:
-    start = time.perf_counter()
+def _float_weight(name: str, job: Job) -> tuple[Tensor, Tensor | None]:
+    """(weight in float32 where it is solved, bias) of a layer. Raises ValueError for one that cannot be quantized."""
     weight, bias = job.weight(name)
+    try:
+        require_float(weight)
+    except ValueError as e:
+        raise ValueError(f"layer {name}: {e}. Quantize the 16-bit original instead") from e
     weight = weight.to(job.device).float()
     if not torch.isfinite(weight).all():
         raise ValueError(f"layer {name}: the weight holds NaN or infinity")
+    return weight, bias
+
+
+def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer:
+    start = time.perf_counter()
+    weight, bias = _float_weight(name, job)
     bias = None if bias is None else bias.to(job.device)
     if plan.scheme == KEEP:
         solved = Solved(weight.to(job.dtype), bias, 0.0, float("nan"), False)
     else:
-        solved = solve(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
+        plan, solved = solve_best(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
     if sample is not None and job.promote is not None:
         plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
     tokens = 0 if sample is None else len(sample.tokens)

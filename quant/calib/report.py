@@ -27,13 +27,16 @@ def outcome(layer: Layer) -> str:
 
 
 def totals(layers: Mapping[str, Layer]) -> dict:
-    """Counts, bytes against 16 bits, and the geometric mean of the measured errors."""
+    """Counts, bytes against 16 bits, and the geometric mean of the measured errors. ``unsigned``: layers whose
+    activations are, as their input allowed.
+    """
     rows = list(layers.values())
     errors = [x.solved.error for x in rows if x.solved.error > 0]
     free = [x.solved.data_free for x in rows if x.solved.error > 0 and x.solved.data_free > 0]
     return {
         "layers": len(rows),
         **{name: sum(outcome(x) == name for x in rows) for name in COLOURS},
+        "unsigned": sum(x.plan.act_unsigned for x in rows),
         "bytes": sum(stored_bytes(x.plan, x.shape) for x in rows),
         "bytes_16bit": sum(2 * x.shape[0] * x.shape[1] for x in rows),
         "error": _mean(errors),
@@ -59,18 +62,21 @@ def summary(layers: Mapping[str, Layer], preset: str) -> str:
             f"held-back tokens, {t['promoted']} were promoted. Relative output error {t['error']:.4f}"
             f" (data-free {t['data_free_error']:.4f})."
         )
+    if t["unsigned"]:
+        text += f" {t['unsigned']} have unsigned activations, since their input ends just below zero."
     return text
 
 
 def table(layers: Mapping[str, Layer], preset: str) -> str:
     """Markdown: the summary, then a row per layer, worst error first."""
-    lines = [summary(layers, preset), "", "| layer | stored as | rank | error | data-free | kept | KiB |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [summary(layers, preset), "", "| layer | stored as | rank | error | data-free | kept | KiB | activations |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for x in sorted(layers.values(), key=lambda x: -_size(x.solved.error)):
         stored = "16 bits" if x.plan.scheme == KEEP else x.plan.scheme
         kib = stored_bytes(x.plan, x.shape) / 1024
         error, free = _number(x.solved.error), _number(x.solved.data_free)
-        lines.append(f"| {x.name} | {stored} | {x.plan.rank or '-'} | {error} | {free} | {outcome(x)} | {kib:.1f} |")
+        row = f"| {x.name} | {stored} | {x.plan.rank or '-'} | {error} | {free} | {outcome(x)} | {kib:.1f} |"
+        lines.append(f"{row} {'unsigned' if x.plan.act_unsigned else '-'} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A bounded sample of tokens, uniform over everything that passed, and the channel maxima of all of it.
+"""A bounded sample of tokens, uniform over everything that passed; channel maxima and the lowest value of all of it.
 
 Each token draws a random key; the ``limit`` largest keys stay. So the sample is the same whether tokens come one by one
 or in batches, is uniform over prompts, noise levels, guidance halves and positions, and a seed fixes it.
@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Reservoir:
-    """Tokens of one layer input of width ``k``."""
+    """Tokens of one layer input of width ``k``. ``lowest``: the smallest finite value that passed, inf before any."""
 
     def __init__(self, k: int, limit: int, seed: int):
-        self.limit, self.seen = limit, 0
+        self.limit, self.seen, self.lowest = limit, 0, torch.inf
         self.maxima = torch.zeros(k)
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = torch.empty(0)
@@ -24,11 +24,13 @@ class Reservoir:
     def add(self, x: Tensor) -> None:
         """Takes in ``x`` (..., K), any float dtype and device. Non-finite tokens are dropped."""
         rows = x.detach().reshape(-1, x.shape[-1])
-        maxima = rows.abs().amax(0).float().cpu()
+        if not rows.numel():
+            return
+        low, maxima = _extremes(rows)
         if not torch.isfinite(maxima).all():
             rows = rows[torch.isfinite(rows).all(-1)]
-            maxima = rows.abs().amax(0).float().cpu() if len(rows) else torch.zeros_like(self.maxima)
-        self.maxima = torch.maximum(self.maxima, maxima)
+            low, maxima = _extremes(rows) if len(rows) else (torch.inf, torch.zeros_like(self.maxima))
+        self.maxima, self.lowest = torch.maximum(self.maxima, maxima), min(self.lowest, float(low))
         keys = torch.rand(len(rows), generator=self._generator)
         self.seen += len(rows)
         floor = self._keys.min() if len(self._keys) == self.limit else -1.0
@@ -51,6 +53,13 @@ class Reservoir:
     def tokens(self) -> Tensor:
         """(min(seen, limit), K) bf16 in the order of their keys: any slice of it is a uniform sample too."""
         return self._rows[self._keys.argsort(descending=True, stable=True)]
+
+
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(the lowest value, the largest magnitude of each channel) on the CPU."""
+    low, high = rows.aminmax(dim=0)
+    low, high = low.float().cpu(), high.float().cpu()
+    return low.min(), torch.maximum(-low, high)
 
 
 def limit_for(k: int, wanted: int) -> int:

@@ -7,7 +7,7 @@ The last refit comes after the last codes, so the branch always belongs to the c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 from .. import awq, core_formats, datafree, scales, svdquant
 from ..packing import pack
 from ..policy import LayerPlan
-from ..schemes import AWQ
+from ..schemes import AWQ, SVDQUANT
 from ..svdquant import SHIFT, SVDQuantWeight
 from . import gptq, low_rank, published, smooth
 from .presets import GRID, SURROGATE, Preset
 
 HELD_BACK = 8  # one token in so many decides between the calibrated and the data-free weight
+ONE_SIDED = 4  # a symmetric input that is merely small reaches as far up as down
+CLEAR, QUICK = 0.5, 1024  # unsigned steps so much finer, in the square, need no trial; tokens to measure them on
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,72 @@ class Solved:
 
 @dataclass(frozen=True)
 class Sample:
-    """A layer's input: ``tokens`` (M, K) float32 on the device that solves, ``maxima`` (K,) over all tokens that
-    passed.
+    """A layer's input: ``tokens`` (M, K) float32 on the device that solves; over all tokens that passed, ``maxima``
+    (K,) and the ``lowest`` value (None: that of ``tokens``).
     """
 
     tokens: Tensor
     maxima: Tensor
+    lowest: float | None = None
+
+    @cached_property
+    def floor(self) -> float:
+        """The lowest value that the layer was fed."""
+        return float(self.tokens.min()) if self.lowest is None else self.lowest
 
     @cached_property
     def split(self) -> tuple[Sample, Tensor]:
         """(what calibration sees, what it does not); the order of tokens is random already."""
         held = max(1, len(self.tokens) // HELD_BACK)
-        return Sample(self.tokens[held:], self.maxima), self.tokens[:held]
+        return Sample(self.tokens[held:], self.maxima, self.floor), self.tokens[:held]
 
     @cached_property
     def gram(self) -> Tensor:
         """X^T X (K, K): made once for all layers that share the input."""
         return self.tokens.t() @ self.tokens
+
+
+def candidates(plan: LayerPlan, sample: Sample | None, preset: Preset) -> tuple[LayerPlan, ...]:
+    """``plan`` as its input allows: with unsigned activations or without, or both where only a trial can say.
+
+    Unsigned codes begin at -`SHIFT`, just below a GELU, and everything lower is lost. So an input that falls below
+    makes a layer signed, whatever its family says. One that never does, and reaches up `ONE_SIDED` times as far as
+    down, may be unsigned without its family's word: a GELU's output, a ReLU's, a softmax's.
+    """
+    if plan.scheme != SVDQUANT.id or sample is None or not preset.needs_data or not len(sample.tokens):
+        return (plan,)
+    signed = replace(plan, act_unsigned=False, reason=f"{plan.reason}; signed: its input begins at {sample.floor:.2f}")
+    if sample.floor < -SHIFT:
+        return (signed,) if plan.act_unsigned else (plan,)
+    ratio = _step_ratio(sample.tokens[:QUICK])
+    if plan.act_unsigned:
+        return (plan,) if ratio < CLEAR else (plan, signed)
+    if ratio >= 1 or float(sample.maxima.max()) < -ONE_SIDED * sample.floor:
+        return (plan,)
+    return plan, replace(
+        plan, act_unsigned=True, reason=f"{plan.reason}; unsigned: its input begins at {sample.floor:.2f}"
+    )
+
+
+def _step_ratio(x: Tensor) -> float:
+    """Mean squared step of unsigned codes over that of signed ones, for tokens ``x`` (T, K)."""
+    groups = x.unflatten(-1, (-1, scales.GROUP))
+    unsigned = (groups.amax(-1) + SHIFT).square().mean() / 15**2
+    return float(unsigned / (groups.abs().amax(-1).square().mean() / 7**2).clamp(min=1e-30))
+
+
+def solve_best(
+    weight: Tensor,
+    bias: Tensor | None,
+    sample: Sample | None,
+    plan: LayerPlan,
+    preset: Preset,
+    dtype: torch.dtype,
+    seed: int = 0,
+) -> tuple[LayerPlan, Solved]:
+    """`solve` by each of the plan's `candidates`: the plan that errs least on held-back tokens, and what it gave."""
+    tried = [(p, solve(weight, bias, sample, p, preset, dtype, seed)) for p in candidates(plan, sample, preset)]
+    return min(tried, key=lambda t: t[1].error) if len(tried) > 1 else tried[0]
 
 
 def output_error(x: Tensor, w: Tensor, weight: SVDQuantWeight | awq.AWQWeight) -> float:

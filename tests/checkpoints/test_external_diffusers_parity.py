@@ -3,10 +3,10 @@
 import pytest
 import torch
 from comfyui_nibble.checkpoints import convert
-from comfyui_nibble.checkpoints.families import by_diffusers_class, by_id, detect
+from comfyui_nibble.checkpoints.families import by_diffusers_class, by_id, detect, detect_published
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 
 
@@ -33,6 +33,13 @@ def flux():
     )  # fmt: skip
 
 
+def flux2(**more):
+    return Flux2Transformer2DModel(**{**dict(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=64, axes_dims_rope=(8, 8, 8, 8),
+    ), **more})  # fmt: skip
+
+
 def sd3():
     return SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=4,
@@ -50,6 +57,7 @@ CASES = {
     "sd15": (unet, back_unet),
     "sdxl": (sdxl, back_unet),
     "flux": (flux, None),
+    "flux2": (flux2, lambda native, _: theirs.convert_flux2_transformer_checkpoint_to_diffusers(native)),
     "sd3": (sd3, lambda native, _: theirs.convert_sd3_transformer_checkpoint_to_diffusers(native)),
 }
 
@@ -60,7 +68,7 @@ def randomised(model):
     return model
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "flux2", "sd3"])
 def test_native_names_convert_back(name, tmp_path):
     make, back = CASES[name]
     model = randomised(make())
@@ -134,12 +142,44 @@ def test_policy_names_the_same_layers_in_both_spellings(name, tmp_path):
     assert seen == inside and inside
 
 
-def test_a_4bit_flux_file_runs_in_the_diffusers_model(tmp_path, sqnr):
-    """Fused q/k/v of the native file come apart in diffusers' separate layers without a loss."""
+def ran(model, path, **inputs) -> tuple:
+    """(the float model's output, the output with the layers of the 4-bit file in place, how many those are)."""
     from types import SimpleNamespace
 
     from comfyui_nibble.headless import pipeline
 
+    with torch.no_grad():
+        expected = model(**inputs).sample
+        layers = pipeline.install_file(SimpleNamespace(unet=None, transformer=model), path)
+        return expected, model(**inputs).sample, layers
+
+
+def test_a_4bit_flux2_file_runs_in_the_diffusers_model(tmp_path, sqnr):
+    """And nothing in it is unsigned, modulations stay as they are, and both spellings of its names are read."""
+    model = flux2().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=1 / max(1, p.shape[-1]) ** 0.5 if p.dim() > 1 else 0.05)
+    model.save_pretrained(tmp_path / "m")
+    with open_source(tmp_path / "m") as source:
+        done = convert.quantize(source, tmp_path / "flux2.safetensors")
+    layers = load(done.path).layers
+    assert len(layers) == 2 * 8 + 2 * 2 and not any(x.weight.act_unsigned for x in layers.values())
+    kept = {n for n, p in convert.plan_source(source, 32).items() if p.scheme == "keep"}
+    assert kept >= {"double_stream_modulation_img.lin", "double_stream_modulation_txt.lin", "final_layer.linear",
+                    "single_stream_modulation.lin", "img_in", "txt_in"}  # fmt: skip
+    found, published, _ = detect_published(model.state_dict())
+    assert (found.id, published.title) == ("flux2", "diffusers")
+    expected, got, count = ran(
+        model, done.path, hidden_states=torch.randn(1, 16, 16), encoder_hidden_states=torch.randn(1, 4, 64),
+        timestep=torch.tensor([0.7]), guidance=torch.tensor([3.5]), img_ids=torch.zeros(16, 4),
+        txt_ids=torch.zeros(4, 4),
+    )  # fmt: skip
+    assert count == len(layers) + 2 * 2 * 2  # three q, k and v for each fused one
+    assert sqnr(expected, got) > 15
+
+
+def test_a_4bit_flux_file_runs_in_the_diffusers_model(tmp_path, sqnr):
+    """Fused q/k/v of the native file come apart in diffusers' separate layers without a loss."""
     model = randomised(FluxTransformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=32, num_attention_heads=4,
         joint_attention_dim=64, pooled_projection_dim=64, axes_dims_rope=(8, 12, 12),
@@ -154,9 +194,6 @@ def test_a_4bit_flux_file_runs_in_the_diffusers_model(tmp_path, sqnr):
         pooled_projections=torch.randn(1, 64),
         timestep=torch.tensor([0.7]), img_ids=torch.zeros(16, 3), txt_ids=torch.zeros(4, 3),
     )  # fmt: skip
-    with torch.no_grad():
-        expected = model(**inputs).sample
-        layers = pipeline.install_file(SimpleNamespace(unet=None, transformer=model), path)
-        got = model(**inputs).sample
+    expected, got, layers = ran(model, path, **inputs)
     assert layers == len(load(path).layers) + 2 + 2 + 3  # three qkv and one qkv+mlp come apart
     assert sqnr(expected, got) > 18

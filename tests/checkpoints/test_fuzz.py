@@ -16,6 +16,8 @@ from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats import comfy_quant, nunchaku
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
+from comfyui_nibble.checkpoints.repack import repack
+from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.quant import awq, datafree, kernels, nvfp4_lowrank, parts
 from comfyui_nibble.quant.weight_only import WeightOnly
 from hypothesis import HealthCheck, given, settings
@@ -95,7 +97,7 @@ def changed(tensor: torch.Tensor, how: int, dtype: int, size: int) -> torch.Tens
 
 
 CHANGE = st.tuples(st.integers(0, 40), st.integers(0, 10), st.integers(0, 20), st.integers(0, 40))
-LAYER = st.tuples(st.integers(0, 12), st.integers(0, len(STEMS) - 1))
+LAYER = st.tuples(st.integers(0, 12), st.integers(0, len(STEMS)))  # the last stem is none
 
 
 class File(bytes):
@@ -111,7 +113,7 @@ def models(draw) -> bytes:
     tensors = {}
     for kind, stem in draw(st.lists(LAYER, min_size=1, max_size=4)):
         layer = good()[kind % len(good())]
-        tensors |= {f"{STEMS[stem]}.{n}": t for n, t in layer.items()}
+        tensors |= {(f"{STEMS[stem]}.{n}" if stem < len(STEMS) else n): t for n, t in layer.items()}
     for which, how, dtype, size in draw(st.lists(CHANGE, max_size=4)):
         name = list(tensors)[which % len(tensors)] if tensors else "a.qweight"
         value = tensors.get(name, torch.zeros(2))
@@ -175,8 +177,12 @@ def sound_gguf(folder: str) -> bytes:
 
 
 def survives(path) -> None:
-    """Loads and inspects ``path``; anything but CheckpointError fails the test, and so does a slow answer."""
-    for call in (load, inspect):
+    """Loads, inspects, opens as a source and converts ``path``: anything but CheckpointError fails the test, and a slow
+    answer does too.
+    """
+    out = path.with_name("out.safetensors")
+    for call in (load, inspect, open_source, lambda p: repack(p, out)):
+        out.unlink(missing_ok=True)
         start = time.process_time()
         try:
             found = call(path)

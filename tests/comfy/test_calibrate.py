@@ -57,7 +57,7 @@ def latent_of(server, graph) -> torch.Tensor:
     return server.latent(server.done(graph), "save").flatten().double()
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux", "sd15"])
+@pytest.mark.parametrize("family", ["sd3", "flux", "flux2", "sd15"])
 def test_samples_like_the_float_model_and_reports(family, server, float_model):
     name = float_model(family)
     expected = latent_of(server, workflow(family, stock(name), size=64))
@@ -67,6 +67,10 @@ def test_samples_like_the_float_model_and_reports(family, server, float_model):
     text = result.text("report")
     assert "layers by preset fast" in text and "are calibrated" in text and "| svdquant_w4a4 |" in text
     assert server.image(result, "chart").shape == (420, 1024, 3)
+    # layers after a GELU: two of FLUX.1's double block, three of SD3's (its last text half has none), none elsewhere
+    unsigned = {"flux": 2, "sd3": 3, "flux2": 0, "sd15": 0}[family]
+    assert text.count("| unsigned |") == unsigned
+    assert (f"{unsigned} have unsigned activations" in text) is (unsigned > 0)
 
 
 def test_calibrated_is_closer_than_data_free(server, float_model):

@@ -10,6 +10,7 @@ FAMILIES = {
     "sd15": ("EmptyLatentImage", 768, 0, 4.0, "normal"),
     "sdxl": ("EmptyLatentImage", 2048, 1280, 4.0, "normal"),
     "flux": ("EmptySD3LatentImage", 64, 64, 1.0, "simple"),
+    "flux2": ("EmptyFlux2LatentImage", 64, 0, 1.0, "simple"),
     "sd3": ("EmptySD3LatentImage", 128, 128, 4.0, "simple"),
 }
 

@@ -61,6 +61,16 @@ def flux(hidden=256):
     )  # fmt: skip
 
 
+def flux2(hidden=256, double=1, single=1):
+    """FLUX.1's class as ComfyUI's detection sets it up for FLUX.2: gated feed-forwards, one modulation, no biases."""
+    return Flux(
+        in_channels=128, out_channels=128, patch_size=1, vec_in_dim=None, context_in_dim=64, hidden_size=hidden,
+        mlp_ratio=3.0, num_heads=hidden // 128, depth=double, depth_single_blocks=single, axes_dim=[32] * 4, theta=2000,
+        qkv_bias=False, guidance_embed=True, txt_ids_dims=[3], global_modulation=True, mlp_silu_act=True,
+        ops_bias=False, default_ref_method="index", ref_index_scale=10.0, **OPS,
+    )  # fmt: skip
+
+
 def sd3(depth=2):
     linear = {"in_features": 128, "out_features": 64 * depth}
     return OpenAISignatureMMDITWrapper(
