@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import core_formats
+from ..checks import narrowed
 from ..policy import LayerPlan
 from ..schemes import KEEP, SVDQUANT, scheme
 from .presets import PRESETS, Preset
@@ -130,7 +131,7 @@ def promoted(
         eight = solve(weight, bias, sample, LayerPlan(EIGHT_BIT, why), PRESETS["data_free"], dtype)
         if eight.error <= over:
             return LayerPlan(EIGHT_BIT, why), eight
-    return LayerPlan(KEEP, why), Solved(weight.to(dtype), bias, 0.0, solved.data_free, False)
+    return LayerPlan(KEEP, why), Solved(narrowed(weight, dtype), bias, 0.0, solved.data_free, False)
 
 
 def file_overhead(layers: int, tensors: int) -> int:
