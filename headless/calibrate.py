@@ -106,7 +106,7 @@ def signature(source: Source, work: Job, inputs: Inputs) -> str:
     values = dict(
         plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn, method=METHOD
     )
-    return resume.signature(weights=resume.fingerprint(weights), **values)
+    return resume.run_signature(weights=resume.fingerprint(weights), **values)
 
 
 def run(

@@ -160,7 +160,7 @@ def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, Layer
     for i, pair in enumerate(inputs.pairs):
         for side, cond in zip(("positive", "negative"), pair, strict=True):
             conds |= {f"{i}.{side}.{j}": entry[0] for j, entry in enumerate(cond)}
-    return resume.signature(
+    return resume.run_signature(
         weights=resume.fingerprint(weights), conds=resume.fingerprint(conds), settings=vars(settings),
         latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank, p.act_unsigned] for n, p in plans.items()},
         method=engine.METHOD,
