@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from comfyui_nibble.metrics import features, optional
+from comfyui_nibble.metrics import features, optional, pairing
 from comfyui_nibble.metrics.table import Scores
 
 
@@ -35,6 +35,56 @@ def test_cosine_against_torchmetrics(sets):
     pairwise = oracle("torchmetrics.functional").pairwise_cosine_similarity(*sets)
     assert features.mean_cosine(*sets) == pytest.approx(float(pairwise.mean()), abs=1e-4)
     assert torch.allclose(features.paired_cosine(*sets).float(), pairwise.diagonal(), atol=1e-4)
+
+
+def made_of(n: int, k: int, noise: float = 0.9, d: int = 64):
+    """(N K, d) features of K pictures of each of N references, and (N, d) of those."""
+    g = torch.Generator().manual_seed(0)
+    wanted = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
+    return wanted.repeat_interleave(k, 0) + noise * torch.randn(n * k, d, generator=g) / d**0.5, wanted
+
+
+def numbered(count: int) -> list[str]:
+    return [f"picture {i + 1}" for i in range(count)]
+
+
+@pytest.mark.parametrize("n, k", [(50, 4), (7, 1), (1, 5), (3, 2)])
+def test_clip_i_is_paired(n, k):
+    """mean over n, k of cos(gen_nk, ref_n), written out; over all pairs it was .015 instead of .743 for 50 x 4."""
+    seen, wanted = made_of(n, k)
+    cosine = lambda a, b: float(a @ b / (a.norm() * b.norm()))  # noqa: E731
+    by_hand = [cosine(seen[i * k + j], wanted[i]) for i in range(n) for j in range(k)]
+    got, said = pairing.clip_i(seen, wanted, (numbered(n * k), numbered(n)))
+    assert got.tolist() == pytest.approx(by_hand, abs=1e-6) and "CLIP-I is paired" in said
+    assert float(got.mean()) > 0.6
+    every, said = pairing.clip_i(seen, wanted, (numbered(n * k), numbered(n)), pairing.ALL)
+    assert float(every.mean()) == pytest.approx(features.mean_cosine(seen, wanted)) and "all pairs" in said
+    assert n == 1 or float(every.mean()) < 0.6
+
+
+def test_clip_i_pairs_by_name_and_numbers_in_it():
+    """Folders list 10 before 2; a row of the answer stays with its picture."""
+    seen, wanted = made_of(12, 2)
+    expected = pairing.clip_i(seen, wanted, (numbered(24), numbered(12)))[0]
+    order, other = (torch.tensor(sorted(range(n), key=str)) for n in (24, 12))
+    names = [f"{i}.png" for i in order.tolist()], [f"{i}.png" for i in other.tolist()]
+    assert names[0][:3] == ["0.png", "1.png", "10.png"]
+    got = pairing.clip_i(seen[order], wanted[other], names)[0]
+    assert torch.allclose(got, expected[order])
+
+
+def test_clip_i_of_counts_that_do_not_fit():
+    seen, wanted = made_of(5, 1)
+    names = numbered(5), numbered(3)
+    got, said = pairing.clip_i(seen, wanted[:3], names)
+    assert float(got.mean()) == pytest.approx(features.mean_cosine(seen, wanted[:3]))
+    assert said.endswith("all pairs of a picture and a reference: 5 pictures are no multiple of 3 references.")
+    with pytest.raises(ValueError, match="5 pictures and 3 references cannot be paired"):
+        pairing.clip_i(seen, wanted[:3], names, pairing.PAIRED)
+    with pytest.raises(ValueError, match="'each' is none of them"):
+        pairing.clip_i(seen, wanted[:3], names, "each")
+    with pytest.raises(ValueError, match="64 and 32 numbers"):
+        pairing.clip_i(seen, wanted[:3, :32], names)
 
 
 @pytest.mark.parametrize("m, s", [(0.0, 1.0), (2.0, 1.0), (0.0, 3.0), (-1.5, 0.25)])
