@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from project_files import project_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -25,10 +26,9 @@ def python(code: str, cwd: Path) -> dict:
 def folders() -> set[str]:
     """Every package folder of the repository, as dotted names below the root package."""
     out = {""}
-    for init in ROOT.rglob("__init__.py"):
-        parts = init.parent.relative_to(ROOT).parts
-        if parts and parts[0] not in ("tests", "build", ".venv", "out") and not parts[0].startswith("."):
-            out.add("." + ".".join(parts))
+    for path in project_files():
+        if path.name == "__init__.py" and path.parent.parts and path.parts[0] != "tests":
+            out.add("." + ".".join(path.parent.parts))
     return out
 
 
