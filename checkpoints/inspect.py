@@ -47,7 +47,7 @@ class Inspection:
             t["bytes"] += r.nbytes
             t["weights"] += r.n * r.k
         for t in out.values():
-            t["bits"] = round(8 * t["bytes"] / t.pop("weights"), 2)
+            t["bits"] = round(8 * t["bytes"] / max(1, t.pop("weights")), 2)
         return out
 
     def to_json(self) -> str:
@@ -102,22 +102,26 @@ def inspect(path: str | Path) -> Inspection:
     family, prefix = names.family, names.prefix
     end = ".weight"
     layers = {n[: -len(end)]: s for n, s in shapes.items() if n.startswith(prefix) and n.endswith(end) and len(s) == 2}
-    sides = _sides(head)
+    sides, several = _sides(head), logical.parts(configs)
     reasons = plan({n[len(prefix) :]: s for n, s in layers.items()}, family.rules, 32)
     rows = []
     for name, (n, k) in layers.items():
         if name in found.layers:
             rows.append(found.layers[name].row(name[len(prefix) :]))
             continue
-        config = configs.get(name)
-        nbytes = sum(sides.get(name, {}).values())
-        down = head.tensors.get(f"{name}.proj_down")
-        rank = down.shape[-1] if config and down is not None and down.shape else 0
+        config, stored = configs.get(name), [name, *several.get(name, [])]
+        nbytes = sum(sum(sides.get(n, {}).values()) for n in stored)
+        rank = max(_rank(head, n) for n in stored) if config else 0
         scheme, why = _what(head, name, config, reasons[name[len(prefix) :]])
         rows.append(Row(name[len(prefix) :], scheme, n, k, rank, round(8 * nbytes / max(1, n * k), 2), nbytes, why))
     record = _record(head)
     maker = found.maker or ("this pack" if record else "")
     return _finish(head.name, family, (prefix, tuple(rows), head.nbytes, record, maker))
+
+
+def _rank(head: header.Header, layer: str) -> int:
+    down = head.tensors.get(f"{layer}.proj_down", head.tensors.get(f"{layer}.weight_proj_down"))
+    return down.shape[-1] if down is not None and down.shape else 0
 
 
 def _finish(name: str, family, found: tuple) -> Inspection:

@@ -26,13 +26,32 @@ def shapes(tensors: Mapping[str, Entry], configs: Mapping[str, Mapping]) -> dict
     """Tensor shapes with each quantized weight's as (N, K), whatever its storage. ``configs``: layer -> its JSON."""
     out = {n: e.shape for n, e in tensors.items()}
     for layer, config in configs.items():
-        if f"{layer}.weight" in out:
+        if f"{layer}.weight" in out and config.get("format") != comfy_more.PARTS:
             out[f"{layer}.weight"] = shape(tensors, layer, config)
+    for layer, names in parts(configs).items():
+        found = [out.pop(f"{n}.weight", ()) for n in names]
+        if found and all(len(s) == 2 for s in found):
+            n, k = ([s[i] for s in found] for i in (0, 1))
+            whole = (n[0], sum(k)) if configs[layer].get("axis") == "columns" else (sum(n), k[0])
+            out[f"{layer}.weight"] = whole
+    return out
+
+
+def parts(configs: Mapping[str, Mapping]) -> dict[str, list[str]]:
+    """A layer of several -> those, by name, as far as they have an entry of their own."""
+    out = {}
+    for layer, config in configs.items():
+        if config.get("format") == comfy_more.PARTS:
+            count = config.get("parts")
+            names = (f"{layer}.parts.{i}" for i in range(min(count, 64) if isinstance(count, int) else 0))
+            out[layer] = [n for n in names if n in configs]
     return out
 
 
 def shape(tensors: Mapping[str, Entry], layer: str, config: Mapping) -> tuple[int, ...]:
     """(N, K) of one layer; the stored shape where its format does not pack."""
+    if isinstance(config.get("base"), Mapping):
+        config = config["base"]
     fmt, stored = config.get("format"), tensors[f"{layer}.weight"].shape
     if fmt == comfy_more.WEIGHT_ONLY:
         return config.get("out_features", 0), config.get("in_features", 0)

@@ -94,8 +94,8 @@ STRANGERS = (
     Stranger(
         "integer weights without their description",
         lambda p: "comfy_quant" not in p and _has(p, "weight") and p["weight"][0] in ("I8", "U8")
-        and any(n.startswith("weight_") or n in ("smooth_factor", "pre_quant_scale", "input_scale") for n in p),
-        "its weights are codes with scales, and it has no comfy_quant entry, so nothing says what they stand for",
+        and (len(p["weight"][1]) > 1 or any(n.startswith("weight_") for n in p)),
+        "its weights are integers, and it has no comfy_quant entry, so nothing says what they stand for",
         "Take the model's ComfyUI version, or export it again for ComfyUI",
     ),
     Stranger("HQQ", lambda p: _has(p, "W_q", "scale", "zero"), "it is an HQQ layer, which this version does not read"),

@@ -34,7 +34,8 @@ def first(what: Entries, listed: Mapping[str, str], read: Callable[[str], str]) 
 
     ``listed``: layer -> format as the file's metadata lists them; ``read``: a layer -> the format in its own entry.
     """
-    for layer, fmt in listed.items():
+    if listed:
+        layer, fmt = next(iter(listed.items()))
         return layer, f"{fmt[:60]}, as the file's metadata says"
     whole = None
     for layer, parts in layers_of(what).items():

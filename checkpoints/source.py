@@ -69,9 +69,9 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if path.is_dir():
         return _from_folder(path)
-    if path.name.startswith(folder.STEM) and _known(folder.config(path)) is not None:
-        return _from_folder(path.parent)
     files = folder.files(path)
+    if path.name.startswith(folder.STEM) and _known(folder.config(path)) is not None:
+        return _from_folder(path.parent, files)
     head = _read(path.name, files)
     shapes = {n: e.shape for n, e in head.tensors.items()}
     family, prefix = detect(shapes)
@@ -112,14 +112,15 @@ def _known(config: Mapping) -> FamilySpec | None:
     return None if family is None or family.key_rules is None else family
 
 
-def _from_folder(path: Path) -> Source:
+def _from_folder(path: Path, files: list[Path] | None = None) -> Source:
+    """The model of a diffusers folder. ``files``: those that were asked for, where there are others beside them."""
     home = folder.home(path)
     name = f"{path.name}/{home.name}" if home != path else path.name
     config = folder.config(path)
     if not config:
         remedy = "Give a folder with unet/config.json or transformer/config.json, or a safetensors file"
         raise CheckpointError(name, "not a diffusers folder", remedy)
-    files = folder.files(path)
+    files = files or folder.files(path)
     found = _read(name, files).tensors
     method = config.get("quantization_config")
     if isinstance(method, Mapping) and method:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import comfy.model_detection
 import comfy.model_management
 import comfy.utils
 import torch
 
-from ...checkpoints import families, header
+from ...checkpoints import families, foreign
 from ...checkpoints.inspect import inspect
 from ...profiling import calibrate, memory, weights, work
 from ...profiling import estimate as core
@@ -166,7 +167,7 @@ def _entry(t: torch.Tensor) -> Entry:
 def from_file(choice: str) -> Subject:
     """A model file, from its header; tensors are only mapped, for ComfyUI's detection. Raises CheckpointError."""
     path = files.listed_path(choice, FOLDERS)
-    head, found = header.read(path), inspect(path)
+    head, found = foreign.headers(Path(path))[1], inspect(path)  # of all its files, where it is one shard
     p = found.prefix
     family = families.by_id(found.family_id)
     layers = {r.layer: (r.n, r.k, r.nbytes, r.scheme if r.scheme in FOUR_BIT else weights.KEEP) for r in found.rows}

@@ -14,6 +14,7 @@ from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.native import logical_shapes
 from comfyui_nibble.checkpoints.repack import repack
 from comfyui_nibble.quant import awq, core_formats, datafree
+from comfyui_nibble.quant.parts import Parts
 from comfyui_nibble.quant.weight_only import WeightOnly
 from safetensors.torch import load_file, save_file
 
@@ -68,6 +69,36 @@ KINDS = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(("axis", "n", "k"), [("rows", 256, 64), ("columns", 128, 128)])
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_layer_of_several_is_one_row(axis, n, k, marked, tmp_path):
+    """With a branch of its own or not, and with an empty weight under its name or without one."""
+    one, two = (datafree.quantize(torch.randn(128, 64), r) for r in (16, 32))
+    stored = comfy_quant.write("a.attn.q", Parts((one, two), axis))
+    stored.pop("a.attn.q.weight", None)
+    nbytes = sum(t.numel() * t.element_size() for name, t in stored.items() if not name.endswith("comfy_quant"))
+    if marked:
+        stored["a.attn.q.weight"] = torch.zeros(n, 0, dtype=torch.uint8)
+    save_file(stored, tmp_path / "x.safetensors")
+    found = inspect(tmp_path / "x.safetensors")
+    assert [(r.layer, r.scheme, r.n, r.k, r.rank, r.nbytes) for r in found.rows] == [
+        ("a.attn.q", "nibble_parts", n, k, 32, nbytes)
+    ]
+    assert found.totals()["nibble_parts"]["bits"] > 4
+
+
+def test_a_format_around_another_one_has_its_k(tmp_path):
+    tensors, entry, _ = layer("asym 6 16")
+    wrapped = {"format": "nibble_low_rank", "base": entry}
+    tensors |= {"proj_down": torch.ones(K, 8), "proj_up": torch.ones(N, 8)}
+    stored = {f"a.attn.q.{n}": t for n, t in tensors.items()} | {
+        "a.attn.q.comfy_quant": comfy_quant.encode_config(wrapped)
+    }
+    save_file(stored, tmp_path / "x.safetensors")
+    (row,) = inspect(tmp_path / "x.safetensors").rows
+    assert (row.n, row.k, row.rank, row.scheme) == (N, K, 8, "nibble_low_rank")
+
+
 @pytest.mark.parametrize("where", ["layers", "metadata"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_n_and_k_and_bits(kind, where, tmp_path):
@@ -104,11 +135,11 @@ def test_a_format_of_tomorrow_is_shown_as_it_is_stored(tmp_path):
 
 
 def test_codes_without_a_description_are_not_called_float(tmp_path):
-    tensors = {f"a.attn.{n}.weight": WEIGHT.to(t) for n, t in (("q", torch.int8), ("k", torch.float8_e5m2))}
+    tensors = {f"a.attn.{n}.weight": WEIGHT.to(t) for n, t in (("q", torch.int32), ("k", torch.float8_e5m2))}
     tensors["a.attn.v.weight"] = torch.zeros(64, 64, dtype=torch.uint8).view(torch.float8_e8m0fnu)
     save_file(tensors, tmp_path / "x.safetensors")
     rows = {r.layer: r for r in inspect(tmp_path / "x.safetensors").rows}
-    assert rows["a.attn.q"].scheme == "I8" and "nothing says" in rows["a.attn.q"].why
+    assert rows["a.attn.q"].scheme == "I32" and "nothing says" in rows["a.attn.q"].why
     assert rows["a.attn.k"].scheme == "float8_e5m2" and rows["a.attn.v"].scheme == "F8_E8M0"
 
 
@@ -212,5 +243,6 @@ def test_every_packing_format_is_told_by_something():
     from comfyui_nibble.checkpoints import logical
 
     as_stored = {"float8_e4m3fn", "float8_e5m2", "mxfp8", "int8_tensorwise"}
-    known = {*logical.PAIRS, *logical.GROUPS, comfy_more.WEIGHT_ONLY, comfy_more.PARTS, *as_stored}
-    assert known == {*comfy_quant.OURS, *comfy_quant.CORE}
+    around_another = {"nibble_low_rank"}
+    known = {*logical.PAIRS, *logical.GROUPS, comfy_more.WEIGHT_ONLY, comfy_more.PARTS, *as_stored, *around_another}
+    assert known >= {*comfy_quant.OURS, *comfy_quant.CORE}

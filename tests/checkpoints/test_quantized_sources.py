@@ -8,6 +8,8 @@ from comfyui_nibble.checkpoints import quantized
 from comfyui_nibble.checkpoints.convert import Options, quantize
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats import comfy_quant, core_quant, nunchaku
+from comfyui_nibble.checkpoints.inspect import inspect
+from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.repack import repack
 from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.headless.cli import main
@@ -132,7 +134,16 @@ def test_layers_that_nothing_marks(kind, tmp_path, capsys):
     command_refuses(path, word, capsys)
 
 
-@pytest.mark.parametrize("kind", ["int8", "int8 convolution", "fp8", "fp8 scaled, older marks", "e8m0"])
+@pytest.mark.parametrize("way", [load, inspect, lambda p: repack(p, p.with_name("out.safetensors"))])
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int8 convolution"])
+def test_integers_are_not_loaded_as_numbers(kind, way, tmp_path):
+    """ComfyUI's loader would: 127 for a weight of 0.1."""
+    save_file(model(BARE[kind][0]), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"layer {LAYER}: its weights are integers, and it has no comfy_quant"):
+        way(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["int32", "fp8", "fp8 scaled, older marks", "e8m0"])
 def test_converting_what_has_no_4_bit_layer_does_not_call_it_a_float_model(kind, tmp_path):
     parts, word = BARE[kind]
     save_file(model(parts), tmp_path / "model.safetensors")

@@ -170,6 +170,10 @@ def test_a_diffusers_folder_without_one_of_its_shards_is_refused(tmp_path):
         assert source.family.id == "flux" and "double_blocks.1.img_attn.qkv.weight" in source.shapes
     with open_source(shards[0]) as source:
         assert source.family.id == "flux" and "double_blocks.1.img_attn.qkv.weight" in source.shapes
+    save_file({n: t.half() for n, t in model.state_dict().items()},
+              tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors")  # fmt: skip
+    with open_source(tmp_path / "transformer" / "diffusion_pytorch_model.fp16.safetensors") as source:
+        assert source.family.id == "flux" and set(source.dtypes.values()) == {"F16"}, "the file that was asked for"
     shards[1].unlink()
     with pytest.raises(CheckpointError, match=rf"{shards[1].name}: this part of the folder is not there"):
         open_source(tmp_path / "transformer")

@@ -2,6 +2,7 @@
 twice.
 """
 
+import math
 import time
 
 import pytest
@@ -84,14 +85,24 @@ def test_what_it_keeps_and_what_it_sees(inside):
     assert found["seen"]["plainly"] != found["layers"] and found["left"] is False
 
 
-def test_calibrated_is_closer_than_data_free(server, float_model):
-    name = float_model("flux")
-    expected = latent_of(server, workflow("flux", stock(name), size=64))
-    errors = {}
-    for preset in ("data_free", "fast"):
-        got = latent_of(server, calibrated("flux", name, preset=preset))
-        errors[preset] = float((got - expected).square().sum() / expected.square().sum())
-    assert errors["fast"] < errors["data_free"]
+def errors(table: str) -> list[tuple[float, float]]:
+    """(error, data-free error) of every measured layer in a report, on tokens that its calibration did not see. (A
+    modulation of FLUX.1 sees too few to keep some back.)
+    """
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| ") and "| error |" not in line]
+    return [(float(r[4]), float(r[5])) for r in rows if "-" not in (r[4].strip(), r[5].strip())]
+
+
+@pytest.mark.parametrize(("family", "layers"), [("flux", 10), ("flux2", 10), ("sd3", 17)])
+def test_calibrated_is_closer_than_data_free(family, layers, server, float_model):
+    """Over all layers, each by its own outputs. (One picture of a tiny model is a tie: an activation that rounds the
+    other way on another processor moves it by as much as the two differ.)
+    """
+    found = errors(server.done(calibrated(family, float_model(family))).text("report"))
+    assert len(found) == layers and all(error <= free for error, free in found)
+    ratio = math.exp(sum(math.log(error / free) for error, free in found) / layers)
+    print(f"{family}: {ratio:.3f} of the data-free error")
+    assert ratio < 0.75
 
 
 def test_saved_file_reloads_to_the_same_images(server, float_model):
@@ -141,6 +152,7 @@ def test_a_lora_before_is_baked_in(server, float_model, tmp_path):
     }
     direct["sample"]["inputs"]["model"] = ["lora", 0]
     expected, without, got = (latent_of(server, x) for x in (direct, plain, baked))
+    print(f"{float((got - expected).norm() / (without - expected).norm()):.3f} of the distance without the LoRA")
     assert (got - expected).norm() < 0.7 * (without - expected).norm()
 
 
