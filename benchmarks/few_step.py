@@ -22,9 +22,8 @@ from comfyui_nibble import demo
 from comfyui_nibble.demo import evaluate, recognise
 from comfyui_nibble.headless import pipeline
 from comfyui_nibble.lora.apply import apply
-from comfyui_nibble.lora.read import read
+from comfyui_nibble.lora.read import read_file
 from comfyui_nibble.metrics.images import mean_psnr
-from safetensors.torch import load_file
 
 STEPS = (1, 2, 4, 8)
 SIXTEEN, FOUR = "16-bit", "4-bit"
@@ -68,7 +67,7 @@ def measure(task: Task, say: Callable[[str], None]) -> list[Row]:
         pictures = evaluate.draw(pipe, task.prompts, evaluate.STEPS, evaluate.GUIDANCE)
         truth = pictures if truth is None else truth
         rows.append(_row(precision, evaluate.STEPS, evaluate.GUIDANCE, pictures, truth, task))
-        report = apply(pipeline.denoiser(pipe), read(load_file(task.lora)), 1.0)
+        report = apply(pipeline.denoiser(pipe), read_file(task.lora), 1.0)
         if not report.applied:
             raise ValueError(f"{task.lora.name}: no layer of the model is in it ({report.summary()})")
         pipeline.use_few_steps(pipe)

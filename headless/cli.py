@@ -170,7 +170,7 @@ def run_generate(args) -> None:
 
     steps = args.steps if not args.lcm else min(args.steps, 8)
     with bar(steps, "steps") as progress:
-        for path in generate(args, steps, progress.update):
+        for path in generate(args, steps, progress.update, lambda text: print(f"nibble: {text}", file=sys.stderr)):
             print(path)
 
 

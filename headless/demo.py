@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors.torch import load_file
 
 from .. import demo as shipped
 from ..checkpoints.save import version
 from ..demo import recognise
 from ..lora.apply import Report, apply
-from ..lora.read import read
+from ..lora.read import read_file
 from ..metrics.images import mean_psnr
 from ..profiling import chart
 from ..profiling.recorder import Recorder
@@ -66,7 +65,7 @@ def _variant(name: str, prompts: list[str], recorder: Recorder, say, on_step) ->
     size = pipeline.measure(pipeline.denoiser(pipe))
     with recorder.stage("apply LoRAs", name):
         reports = tuple(
-            apply(pipeline.denoiser(pipe), read(load_file(shipped.LORAS[key])), strength) for key, strength in LORAS
+            apply(pipeline.denoiser(pipe), read_file(shipped.LORAS[key]), strength) for key, strength in LORAS
         )
     pipeline.use_few_steps(pipe)
     say(f"{name}: {len(prompts)} pictures in {STEPS} steps")

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from .. import demo as shipped
 from ..lora.apply import apply
-from ..lora.read import read
+from ..lora.read import read_file
 from ..prompts import domain, expand
 from . import pipeline, sheet
 
 
-def generate(args, steps: int, on_step: Callable[[], None]) -> list[Path]:
-    """Writes one PNG per prompt with the seed in its name; returns their paths. ``args``: the command line's."""
+def generate(args, steps: int, on_step: Callable[[], None], say: Callable[[str], None] = lambda _: None) -> list[Path]:
+    """Writes one PNG per prompt with the seed in its name; returns their paths. ``args``: the command line's. ``say``
+    hears about LoRAs of which a part is not applied.
+    """
     is_demo = args.model is None
     pipe = pipeline.load_pipeline(shipped.MODEL if is_demo else args.model)
     if args.quantized is not None:
@@ -28,9 +28,11 @@ def generate(args, steps: int, on_step: Callable[[], None]) -> list[Path]:
         if is_demo:
             loras.append((shipped.LORAS["lcm"], 1.0))
     for path, strength in loras:
-        report = apply(pipeline.denoiser(pipe), read(load_file(path)), strength)
+        report = apply(pipeline.denoiser(pipe), read_file(path), strength)
         if not report.applied:
             raise ValueError(f"{path.name}: no layer of this model is in it ({report.summary()})")
+        if not report.whole:
+            say(f"{path.name}: {report.summary()}")
     prompts = args.prompt
     if args.domain:
         template = domain.load(args.domain)
@@ -42,13 +44,15 @@ def generate(args, steps: int, on_step: Callable[[], None]) -> list[Path]:
 
 
 def split_strength(text: str) -> tuple[Path, float]:
-    """'file.safetensors:0.8' -> (file, 0.8); the strength may be left out. Raises ValueError for a missing file."""
+    """'file.safetensors:0.8' -> (file, 0.8); the strength may be left out. A PEFT adapter's folder is a file, too.
+    Raises ValueError for a missing file.
+    """
     name, colon, number = text.rpartition(":")
     if colon and _is_number(number):
         path, strength = Path(name), float(number)
     else:
         path, strength = Path(text), 1.0
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"{path.name}: there is no such LoRA file")
     return path, strength
 

@@ -5,39 +5,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.families import KeyRule, by_diffusers_class
-from ..quant import awq, kernels, svdquant
-from .names import MODEL, TEXT, Slot, index, place
-from .read import LoraFile
+from ..quant import kernels
+from .keys import parse, unread
+from .names import MODEL, TEXT, Index, Slot, index, place
+from .read import LoraFile, Update
+from .rows import Region, divide
+from .status import APPLIED, STATUSES, Refused
 from .weights import Weights, stays_low_rank
+
+WORDS = {**STATUSES, "other part": "for another part of the pipeline"}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each target of a LoRA file, in the file's own names."""
+    """What became of every key of a LoRA file, each exactly once. ``status``: key -> one of `STATUSES`. ``targets``:
+    key -> the layer as the file calls it, the key itself where it names none. ``why``: key -> the reason, in words.
+    """
 
-    applied: tuple[str, ...]
-    unknown: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    unread: tuple[str, ...]
-    other_part: tuple[str, ...] = ()
+    status: Mapping[str, str]
+    targets: Mapping[str, str] = field(default_factory=dict)
+    why: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, *statuses: str) -> tuple[str, ...]:
+        """The targets with one of ``statuses``."""
+        return tuple(dict.fromkeys(self.targets.get(k, k) for k, s in self.status.items() if s in statuses))
+
+    @property
+    def applied(self) -> tuple[str, ...]:
+        return self.named(*APPLIED)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the file was applied."""
+        return all(s in APPLIED for s in self.status.values())
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        return self.named("unknown")
+
+    @property
+    def mismatched(self) -> tuple[str, ...]:
+        return self.named("shape")
+
+    @property
+    def other_part(self) -> tuple[str, ...]:
+        return self.named("other part")
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The keys that are left, for reasons that lie in the file."""
+        told = (*APPLIED, "unknown", "shape", "other part")
+        return tuple(k for k, s in self.status.items() if s not in told)
 
     def summary(self) -> str:
         parts = [f"{len(self.applied)} applied"]
-        for count, what in (
-            (len(self.other_part), "for another part of the pipeline"),
-            (len(self.unknown), "not in this model"),
-            (len(self.mismatched), "of another shape"),
-            (len(self.unread), "keys of another kind"),
-        ):
-            if count:
-                parts.append(f"{count} {what}")
+        for status, words in WORDS.items():
+            names = () if status in APPLIED else self.named(status)
+            if names:
+                kinds = sorted({self.why[k] for k, s in self.status.items() if s == status and k in self.why})
+                told = f" ({', '.join(kinds)})" if status in ("unread", "rows") and kinds else ""
+                parts.append(f"{len(names)} {words}{told}")
         return ", ".join(parts)
 
 
@@ -48,10 +82,11 @@ def rules_of(module: nn.Module) -> list[KeyRule]:
     return [] if family is None or family.key_rules is None else family.key_rules(config)
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Dotted name -> every linear and convolution of ``module``."""
+def layers_of(module: nn.Module, dimensions: int = 2) -> dict[str, nn.Module]:
+    """Dotted name -> every linear and convolution of ``module``; with ``dimensions`` 1 the norms too."""
     named = ((n, m, getattr(m, "weight", None)) for n, m in module.named_modules())
-    return {n: m for n, m, w in named if isinstance(w, Tensor) and w.dim() >= 2 and not isinstance(m, nn.Embedding)}
+    found = ((n, m) for n, m, w in named if isinstance(w, Tensor) and w.dim() >= dimensions)
+    return {n: m for n, m in found if not isinstance(m, nn.Embedding)}
 
 
 def apply(
@@ -62,48 +97,80 @@ def apply(
     ``part``: what ``module`` is, "model" or "text encoder". ``rules``: native <-> diffusers names, by default those of
     the module's family.
     """
-    layers = layers_of(module)
-    shapes = {n: tuple(m.weight.shape) for n, m in layers.items()}
-    names = index(shapes, rules_of(module) if rules is None else rules)
-    out: dict[str, list[str]] = {"applied": [], "unknown": [], "mismatched": [], "other_part": []}
-    for target, weights in lora.targets.items():
-        spot = place(target)
-        slots = names.get(spot.name)
-        if slots is None:
-            out["unknown" if spot.part == part else "other_part"].append(target)
-        elif not _fits(weights, slots, shapes):
-            out["mismatched"].append(target)
-        else:
-            if strength != 0:  # a LoRA at 0 must not cost rank, nor change a bit
-                for slot in slots:
-                    _add(layers[slot.layer], weights, strength, slot)
-            out["applied"].append(target)
-    return Report(*(tuple(out[k]) for k in ("applied", "unknown", "mismatched")), lora.unread, tuple(out["other_part"]))
+    layers = layers_of(module, 1)
+    names = index({n: tuple(m.weight.shape) for n, m in layers.items()}, rules_of(module) if rules is None else rules)
+    said, done = dict(lora.refused), {}
+    for update in lora.updates:
+        try:
+            slots = _slots(update, names, part)
+            pieces = _pieces(update, slots, layers)
+        except Refused as e:
+            said |= dict.fromkeys(update.keys.values(), e)
+            continue
+        if strength != 0:  # a LoRA at 0 must not cost rank, nor change a bit
+            for slot, piece in zip(slots, pieces, strict=True):
+                _add(layers[slot.layer], piece, strength, slot)
+        done |= dict.fromkeys(update.keys.values(), "model" if part == MODEL else "text")
+    status = {key: e.status for key, e in said.items()} | done
+    why = {key: e.why for key, e in said.items() if e.why and key not in done}
+    targets = {key: hit[0] for key in status if (hit := parse(key) or unread(key)) is not None}
+    return Report(status, targets, why)
 
 
-def _fits(weights: Weights, slots: tuple[Slot, ...], shapes) -> bool:
-    rows = sum(s.own[1] if s.own else s.into[1] if s.into else shapes[s.layer][0] for s in slots)
-    shape = shapes[slots[0].layer]
-    return weights.shape == (rows, torch.Size(shape[1:]).numel())
+def _slots(update: Update, names: Index, part: str) -> tuple[Slot, ...]:
+    """The layers that ``update`` changes. Raises Refused when there are none."""
+    spot = place(update.target)
+    if spot.name not in names:
+        raise Refused("unknown" if spot.part == part else "other part")
+    if "reshape" in update.parts:
+        raise Refused("unread", "a LoRA that makes its layer larger")
+    return names[spot.name]
 
 
-def _add(layer: nn.Module, weights: Weights, strength: float, slot: Slot) -> None:
+def _pieces(update: Update, slots: tuple[Slot, ...], layers: Mapping[str, nn.Module]) -> list[Update]:
+    """What each slot takes of ``update``. Raises Refused where one cannot."""
+    regions = [_region(update, slot, layers) for slot in slots]
+    return divide(update, regions, lambda i: _rows_of(layers, slots[i]))
+
+
+def _region(update: Update, slot: Slot, layers: Mapping[str, nn.Module]) -> Region:
+    layer = layers[slot.layer]
+    shape = tuple(layer.weight.shape)
+    if update.kind == "bias":
+        if getattr(layer, "bias", None) is None:
+            raise Refused("unknown", "the layer has no bias")
+        shape = shape[:1]
+    if slot.into is not None:
+        shape = (slot.into[1], *shape[1:])
+    return Region(shape, slot.own, slot.swap, slot.into is not None)
+
+
+def _rows_of(layers: Mapping[str, nn.Module], slot: Slot) -> Tensor:
+    """The rows of a layer's weight that ``slot`` names, in float32."""
+    weight = _dense(layers[slot.layer].weight.detach())
+    return weight if slot.into is None else weight.narrow(0, *slot.into)
+
+
+def _dense(weight: Tensor) -> Tensor:
+    return kernels.dense(weight) if kernels.is_quantized(weight) else weight.float()
+
+
+def _add(layer: nn.Module, piece: Update, strength: float, slot: Slot) -> None:
+    """Adds what `rows.divide` made for ``slot`` to its layer."""
+    if piece.kind == "bias":
+        layer.bias = nn.Parameter(_patched(layer.bias.detach(), piece.weights, strength, slot), requires_grad=False)
+        return
     weight = layer.weight.detach()
-    if kernels.is_ours(weight) and stays_low_rank(weights):
-        down, up = weights.scaled(strength)
-        down, up = down.to(weight.device), placed(up.to(weight.device), slot, weight.shape[0])
+    if kernels.is_quantized(weight) and stays_low_rank(piece.weights):
+        down, up = piece.weights.scaled(strength)
+        into = Slot(slot.layer, into=slot.into)
+        down, up = down.to(weight.device), placed(up.to(weight.device), into, weight.shape[0])
         layer.weight = nn.Parameter(kernels.extend(weight, down, up), requires_grad=False)
         return
-    dense = weight.float()
-    if kernels.is_ours(weight):
-        plain = kernels.unwrap(weight)
-        is_svd = isinstance(plain, svdquant.SVDQuantWeight)
-        dense = svdquant.dequantize(plain) if is_svd else awq.dequantize(plain)
-        if is_svd and layer.bias is not None:
-            bias = svdquant.dense_bias(plain, layer.bias.detach()).to(layer.bias.dtype)
-            layer.bias = nn.Parameter(bias, requires_grad=False)
-    new = _patched(dense, weights, strength, slot).to(weight.dtype)
-    layer.weight = nn.Parameter(new, requires_grad=False)
+    shift = kernels.shift(weight)
+    if shift is not None and layer.bias is not None:  # a dense weight wants the true bias
+        layer.bias = nn.Parameter((layer.bias.detach().float() + shift).to(layer.bias.dtype), requires_grad=False)
+    layer.weight = nn.Parameter(_patched(weight, piece.weights, strength, slot), requires_grad=False)
 
 
 def placed(rows: Tensor, slot: Slot, n: int) -> Tensor:
@@ -119,20 +186,12 @@ def placed(rows: Tensor, slot: Slot, n: int) -> Tensor:
     return out
 
 
-def _patched(dense: Tensor, weights: Weights, strength: float, slot: Slot) -> Tensor:
-    """``dense`` (N, K ...) float32 with ``weights`` in the rows that ``slot`` names."""
-    if slot.into is not None:
-        rows = dense.narrow(0, *slot.into)
-        return torch.cat([
-            dense[: slot.into[0]], weights.patched(rows, strength), dense[slot.into[0] + slot.into[1] :]
-        ])  # fmt: skip
-    if slot.own is None and not slot.swap:
-        return weights.patched(dense, strength)
-    whole = replace(slot, own=None, into=slot.own) if slot.own else slot
-    # The update was made for a taller weight: lay this layer's rows where they belong in it, and take them out again.
-    tall = placed(dense, replace(whole, swap=slot.swap), weights.shape[0])
-    new = weights.patched(tall, strength)
-    return placed(new, Slot(slot.layer, own=slot.own, swap=slot.swap), dense.shape[0])
+def _patched(weight: Tensor, weights: Weights, strength: float, slot: Slot) -> Tensor:
+    """``weight`` with ``weights`` in the rows that ``slot`` names, in its own dtype."""
+    out = _dense(weight).clone()
+    region = out if slot.into is None else out.narrow(0, *slot.into)
+    region.copy_(weights.patched(region, strength))
+    return out.to(weight.dtype)
 
 
 __all__ = ["MODEL", "TEXT", "Report", "apply", "layers_of", "placed", "rules_of"]

@@ -5,6 +5,7 @@ scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora; alpha_pattern n
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,7 +53,9 @@ def parse(config: Mapping, where: str, prefix: str = "") -> PeftConfig | None:
         alpha = float(config.get("lora_alpha", config.get("alpha")))
         alphas = {str(k): float(v) for k, v in pattern.items()}
         rank = max(1, int(config.get("r", 1)))
-    except (TypeError, ValueError, AttributeError) as e:
+        if not all(map(math.isfinite, (alpha, *alphas.values()))):
+            raise ValueError("JSON's NaN or Infinity")
+    except (TypeError, ValueError, AttributeError, OverflowError) as e:
         raise ValueError(f"{where}: its alpha and rank are not numbers. Save the adapter again") from e
     odd = next((k for k in alphas if not LITERAL.fullmatch(k)), None)
     if odd is not None:
@@ -81,7 +84,7 @@ def configs(path: str | Path, metadata: Mapping[str, str] | None) -> tuple[PeftC
     return tuple(out)
 
 
-def _json(text: str, where: str) -> dict:
+def _json(text: str | bytes, where: str) -> dict:
     try:
         values = textfile.value(text)
     except ValueError as e:

@@ -8,21 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from .keys import kind_of
+from .keys import kind_of, unread
 from .names import MODEL, TEXT, place
 from .read import group
+from .status import APPLIED, STATUSES
 
-# status -> what the report calls it, in this order
-STATUSES = {
-    "model": "applied to the model",
-    "text": "applied to the text encoder",
-    "other part": "for a part that is not connected",
-    "unknown": "unknown to this model",
-    "shape": "of another shape than the layer",
-    "incomplete": "without the other half, or of no known kind",
-    "broken": "with NaN or infinity",
-}
-APPLIED = ("model", "text")
 SHOWN = 6  # names of each status that the text lists
 # What a file is for, by its layers' names: (pattern of a canonical name, (role, dimension, size) or None, title)
 MARKS = (
@@ -41,7 +31,9 @@ MARKS = (
 
 @dataclass(frozen=True)
 class KeyReport:
-    """``status``: key -> one of `STATUSES`. ``notes``: sentences about how it was applied."""
+    """``status``: key -> one of `STATUSES`. ``notes``: sentences about how it was applied. ``why``: key -> the reason
+    that its status leaves open: a kind's name, two shapes.
+    """
 
     file: str
     family: str
@@ -49,6 +41,7 @@ class KeyReport:
     ranks: tuple[int, ...]
     status: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
+    why: Mapping[str, str] = field(default_factory=dict)
 
     def count(self, *statuses: str) -> int:
         return sum(s in statuses for s in self.status.values())
@@ -57,20 +50,38 @@ class KeyReport:
         return [k for k, s in self.status.items() if s == status]
 
     def text(self) -> str:
-        """Markdown: one line for the file, one for the counts, one for each status that went wrong."""
+        """Markdown: one line for the file, one for the counts, and for each status that went wrong one a reason."""
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.kinds.items()) or "no LoRA layer"
         ranks = f", rank {_span(self.ranks)}" if self.ranks else ""
         lines = [f"**{self.file}**: {self.family}; {kinds}{ranks}"]
         counts = [f"{self.count(s)} {words}" for s, words in STATUSES.items() if self.count(s) or s == "model"]
         lines.append(f"{len(self.status)} keys: {', '.join(counts)}")
-        for status, words in STATUSES.items():
+        for status in STATUSES:
             if status not in APPLIED and self.count(status):
-                lines.append(f"- {words}: {listed(self.keys(status))}")
+                lines += [f"- {sentence}" for sentence in self.sentences(status)]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+    def sentences(self, status: str) -> list[str]:
+        """What to say of a status: its keys by reason, the first few reasons and how many more there are."""
+        reasons: dict[str, list[str]] = {}
+        for key in self.keys(status):
+            reasons.setdefault(self.why.get(key, ""), []).append(key)
+        words = STATUSES[status]
+        shown = list(reasons.items())[:SHOWN]
+        out = [f"{words}: {listed(keys)}{f' ({why})' if why else ''}" for why, keys in shown]
+        more = sum(map(len, reasons.values())) - sum(len(keys) for _, keys in shown)
+        return [*out, f"{words}: {more} more keys, for other reasons"] if more else out
+
+    def reasons(self) -> str:
+        """Why nothing was applied, in one line: how many keys for each reason."""
+        told = Counter((s, self.why.get(k, "")) for k, s in self.status.items() if s not in APPLIED)
+        parts = [f"{n} {STATUSES[s]}{f' ({why})' if why else ''}" for (s, why), n in told.most_common(3)]
+        return ", ".join(parts) + (" ..." if len(told) > 3 else "")
 
     def to_json(self) -> str:
         values = dict(file=self.file, family=self.family, kinds=dict(self.kinds), ranks=list(self.ranks))
-        return json.dumps({**values, "keys": dict(self.status), "notes": list(self.notes)}, indent=1)
+        said = {"keys": dict(self.status), "why": dict(self.why), "notes": list(self.notes)}
+        return json.dumps({**values, **said}, indent=1)
 
 
 def listed(keys: Iterable[str]) -> str:
@@ -87,10 +98,14 @@ def _span(numbers: Iterable[int]) -> str:
 
 def describe(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, int], tuple[int, ...]]:
     """(what the file is for, kind -> targets, ranks) from keys and their shapes alone."""
-    targets, _ = group(shapes)
-    kinds = Counter(kind_of(parts) or "incomplete" for parts in targets.values())
-    ranks = tuple(sorted({shapes[p["down"]][0] for p in targets.values() if "down" in p and shapes[p["down"]]}))
-    return family_of(targets, shapes), dict(kinds), ranks
+    groups, rest = group(shapes)
+    others = dict(hit for hit in map(unread, rest) if hit is not None)  # target -> kind
+    groups = [(target, parts) for target, parts in groups if target not in others]
+    kinds = Counter(kind_of(parts) or "incomplete" for _, parts in groups)
+    ranks = tuple(sorted({shapes[p["down"]][0] for _, p in groups if "down" in p and shapes[p["down"]]}))
+    if others and not set(kinds) - {"incomplete"}:
+        return f"holds {Counter(others.values()).most_common(1)[0][0]}, a kind that is not read", {}, ()
+    return family_of(dict(groups), shapes), dict(kinds), ranks
 
 
 def family_of(targets: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -4,8 +4,13 @@
     lora    down (r, K), up (N, r) [, mid]               alpha/r up down                                  r
     loha    w1a (N, r), w1b (r, K), w2a, w2b             alpha/r (w1a w1b) * (w2a w2b), by element        r^2
     lokr    w1 (a, b), w2 (c, d), each whole or a b      alpha/r kron(w1, w2); no alpha when both whole   below
+    glora   a (K, r) (r, K), b (N, r) (r, K)             alpha/r (W a1 a2 + b1 b2)                        -
+    oft     blocks (n, b, b): rotations of n b rows      (R^T - 1) W, R = (1 + Q) (1 - Q)^-1 a block      -
+    boft    blocks (m, n, b, b): m stages of those       (P R P ... P R P - 1) W                          -
     diff    diff (N, K)                                  diff                                             -
-    dora    one of the above, magnitude (N, 1)|(1, K)    m (W + added) / ||W + added|| - W, row or column -
+    set     value (N, K)                                 value - W, whatever the strength                 -
+    dora    one of the first four, magnitude per row     m (W + added) / ||W + added|| - W                -
+            (N, 1 ...) or per input (1, C ...)
 
 K counts a convolution's kernel too: (N, C, kh, kw) is (N, C kh kw). Sources: LyCORIS; kohya sd-scripts; PEFT (DoRA).
 """
@@ -53,7 +58,7 @@ class LoraWeights(_Additive):
 
     def scaled(self, strength: float) -> tuple[Tensor, Tensor]:
         """(down (K, r), up (N, r)) float32 with the whole factor in ``up``: what `kernels.extend` takes."""
-        return self._wide().float().t(), self.up.flatten(1).float() * (strength * self.alpha / self.rank)
+        return self._wide().float().t(), self.up.flatten(1).float() * (strength * _per_rank(self.alpha, self.rank))
 
     def delta(self) -> Tensor:
         down, up = self.scaled(1.0)
@@ -87,17 +92,14 @@ class LohaWeights(_Additive):
         w1a, w1b, w2a, w2b = (t.float().flatten(1) for t in (self.w1a, self.w1b, self.w2a, self.w2b))
         up = (w1a.unsqueeze(2) * w2a.unsqueeze(1)).flatten(1)
         down = (w1b.unsqueeze(1) * w2b.unsqueeze(0)).flatten(0, 1)
-        return down.t(), up * (strength * self.alpha / self.w1b.shape[0])
+        return down.t(), up * (strength * _per_rank(self.alpha, self.w1b.shape[0]))
 
     def delta(self) -> Tensor:
         if self.t1 is None:
             one, two = self.w1a.float() @ self.w1b.float().flatten(1), self.w2a.float() @ self.w2b.float().flatten(1)
         else:
-            one, two = (
-                torch.einsum("i j k l, j r, i p -> p r k l", t.float(), b.float(), a.float()).flatten(1)
-                for t, b, a in ((self.t1, self.w1b, self.w1a), (self.t2, self.w2b, self.w2a))
-            )
-        return one * two * (self.alpha / self.w1b.shape[0])
+            one, two = tucker(self.t1, self.w1a, self.w1b), tucker(self.t2, self.w2a, self.w2b)
+        return one * two * _per_rank(self.alpha, self.w1b.shape[0])
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,10 @@ class LokrWeights(_Additive):
         (a, b), (c, d) = _halves(self.w1), _halves(self.w2)
         return torch.kron(b, d).t(), torch.kron(a, c) * (strength * self.scale)
 
+    def multiplied(self) -> dict[str, Tensor]:
+        """The same as two whole matrices, which need no alpha. (role -> tensor)"""
+        return {"lokr_w1": _whole(self.w1) * self.scale, "lokr_w2": _whole(self.w2)}
+
     def delta(self) -> Tensor:
         one, two = _whole(self.w1), _whole(self.w2)
         if two.dim() == 4:
@@ -136,25 +142,152 @@ class LokrWeights(_Additive):
 
 
 @dataclass(frozen=True)
+class GloraWeights:
+    """W a_in a_out + b_up b_down: what is added depends on the weight. A convolution's a may mix channels only.
+
+    ``old``: in LyCORIS' first spelling of the four, which ComfyUI tells apart by shapes.
+    """
+
+    a_in: Tensor
+    a_out: Tensor
+    b_up: Tensor
+    b_down: Tensor
+    alpha: float
+    old: bool = False
+    rank = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b_up.shape[0], self.b_down.flatten(1).shape[1]
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether a has the columns (or channels) of a weight of ``shape``."""
+        columns = torch.Size(shape[1:]).numel() if len(shape) == 2 or self.old else shape[1]
+        return self.a_in.shape[0] == self.a_out.shape[1] == columns
+
+    def patched(self, weight: Tensor, strength: float) -> Tensor:
+        a_in, a_out, b_up, b_down = (
+            t.float().to(weight.device) for t in (self.a_in, self.a_out, self.b_up, self.b_down)
+        )
+        b = (b_up @ b_down.flatten(1)).reshape(weight.shape)
+        by_channel = a_in.shape[0] != weight.flatten(1).shape[1]
+        mixed = torch.einsum(
+            "o i ..., i r, r j -> o j ...", weight if by_channel else weight.flatten(1), a_in, a_out
+        ).reshape(weight.shape)
+        return weight + strength * _per_rank(self.alpha, b_down.shape[0]) * (mixed + b)
+
+
+def _constrained(blocks: Tensor, constraint: float) -> Tensor:
+    """``blocks`` made smaller where the norm of all their rotations together is above ``constraint``."""
+    blocks = blocks.double()
+    norm = (blocks - blocks.transpose(-1, -2)).norm() + 1e-8
+    return blocks * (constraint / norm) if 0 < constraint < norm else blocks
+
+
+def _rotations(blocks: Tensor, strength: float) -> Tensor:
+    """Cayley's rotation of each block, ``strength`` of the way from the identity. (In 64 bits: it inverts.)"""
+    q = blocks - blocks.transpose(-1, -2)
+    one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return (1 - strength) * one + strength * (one + q) @ torch.linalg.inv(one - q)
+
+
+@dataclass(frozen=True)
+class OftWeights:
+    """``constraint``: what all blocks' norm is held to, 0 for nothing. ``rescale``: a factor for each row, or None."""
+
+    blocks: Tensor
+    constraint: float = 0.0
+    rescale: Tensor | None = None
+    rank = None
+
+    @property
+    def shape(self) -> tuple[int, None]:
+        """Rows; it fits any number of columns."""
+        return self.blocks.shape[0] * self.blocks.shape[1], None
+
+    def constrained(self) -> Tensor:
+        return _constrained(self.blocks, self.constraint)
+
+    def patched(self, weight: Tensor, strength: float) -> Tensor:
+        turn = _rotations(_constrained(self.blocks, self.constraint), strength).to(weight)
+        rows = weight.reshape(turn.shape[0], turn.shape[1], -1)
+        return _rescaled(torch.einsum("k n m, k n i -> k m i", turn, rows).reshape(weight.shape), self.rescale)
+
+
+@dataclass(frozen=True)
+class BoftWeights:
+    """Butterflies: m stages of blocks, each over rows that lie further apart than in the stage before."""
+
+    blocks: Tensor
+    constraint: float = 0.0
+    rescale: Tensor | None = None
+    rank = None
+
+    @property
+    def shape(self) -> tuple[int, None]:
+        return self.blocks.shape[1] * self.blocks.shape[2], None
+
+    def patched(self, weight: Tensor, strength: float) -> Tensor:
+        turns = _rotations(_constrained(self.blocks, self.constraint), strength).to(weight)
+        size, rows = turns.shape[-1], weight.flatten(1)
+        for stage, turn in enumerate(turns):
+            apart = 2**stage * size // 2
+            rows = rows.unflatten(0, (-1, 2, apart)).transpose(1, 2).reshape(-1, size, rows.shape[1])
+            rows = torch.einsum("b i j, b j k -> b i k", turn, rows).flatten(0, 1)
+            rows = rows.unflatten(0, (-1, apart, 2)).transpose(1, 2).flatten(0, 2)
+        return _rescaled(rows.reshape(weight.shape), self.rescale)
+
+
+def _rescaled(weight: Tensor, rescale: Tensor | None) -> Tensor:
+    return weight if rescale is None else weight * _per(rescale, 0, weight)
+
+
+def _per(values: Tensor, axis: int, weight: Tensor) -> Tensor:
+    """``values`` as one for each index of ``weight``'s ``axis``."""
+    return values.float().to(weight.device).reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+
+
+@dataclass(frozen=True)
 class DiffWeights(_Additive):
-    """The difference itself, as model subtraction and some trainers write it."""
+    """The difference itself, as model subtraction and some trainers write it; of a norm or a bias, one number a row."""
 
     diff: Tensor
     rank = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.diff.shape[0], self.diff[0].numel()
+        return _flat(self.diff)
 
     def delta(self) -> Tensor:
-        return self.diff.float().flatten(1)
+        return self.diff.float().reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class SetWeights:
+    """Another weight in the place of the layer's own, whatever the strength, as ComfyUI's "set" patches have it."""
+
+    value: Tensor
+    rank = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return _flat(self.value)
+
+    def patched(self, weight: Tensor, strength: float) -> Tensor:
+        return self.value.to(weight).reshape(weight.shape)
+
+
+def _flat(tensor: Tensor) -> tuple[int, int]:
+    return (tensor.shape[0], tensor.shape[1:].numel()) if tensor.dim() else (1, 1)
 
 
 @dataclass(frozen=True)
 class DoraWeights:
-    """Direction from ``inner``, length from ``magnitude``: (N,) or (N, 1) for rows, (1, K) for columns."""
+    """Direction from ``inner``, length from ``magnitude``: (N,) or (N, 1 ...) for rows, (1, C ...) for the C inputs (or
+    channels) of all rows together.
+    """
 
-    inner: LoraWeights | LohaWeights | LokrWeights
+    inner: LoraWeights | LohaWeights | LokrWeights | GloraWeights
     magnitude: Tensor
     rank = None
 
@@ -162,17 +295,38 @@ class DoraWeights:
     def shape(self) -> tuple[int, int]:
         return self.inner.shape
 
+    @property
+    def by_row(self) -> bool:
+        return self.magnitude.dim() < 2 or self.magnitude.shape[0] == self.shape[0]
+
     def patched(self, weight: Tensor, strength: float) -> Tensor:
-        """``weight`` float32; at strength 1 its rows (or columns) have exactly the lengths ``magnitude``."""
-        new = self.inner.patched(weight, 1.0).flatten(1)
-        m = self.magnitude.float().to(new.device).reshape(-1)
-        by_row = self.magnitude.shape[0] == new.shape[0]
-        m = m.reshape(-1, 1) if by_row else m.reshape(1, -1).repeat_interleave(new.shape[1] // m.numel(), 1)
-        new = new * m / new.norm(dim=1 if by_row else 0, keepdim=True).clamp(min=1e-12)
-        return weight + strength * (new.reshape(weight.shape) - weight)
+        """``weight`` float32; at strength 1 its rows (or inputs) have exactly the lengths ``magnitude``."""
+        new = self.inner.patched(weight, 1.0)
+        new = new * _per(self.magnitude, 0 if self.by_row else 1, new) / lengths(new, self.by_row).clamp(min=1e-12)
+        return weight + strength * (new - weight)
 
 
-Weights = LoraWeights | LohaWeights | LokrWeights | DiffWeights | DoraWeights
+def inner(weights: Weights) -> Weights:
+    """What DoRA gives a length to; every other update is itself."""
+    return weights.inner if isinstance(weights, DoraWeights) else weights
+
+
+def lengths(weight: Tensor, by_row: bool) -> Tensor:
+    """The norm of each row, or of each input (a convolution's channel), in a shape that divides ``weight``."""
+    kept = 0 if by_row else 1
+    return torch.linalg.vector_norm(weight, dim=[i for i in range(weight.dim()) if i != kept], keepdim=True)
+
+
+Weights = (
+    LoraWeights | LohaWeights | LokrWeights | GloraWeights | OftWeights | BoftWeights | DiffWeights | SetWeights
+    | DoraWeights
+)  # fmt: skip
+
+
+def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(N, C kh kw) of a core (r, r, kh, kw) between a (r, N) and b (r, C)."""
+    out = torch.einsum("i j k l, j r, i p -> p r k l", core.float(), b.float(), a.float())
+    return out.flatten(1).contiguous()  # torch.kron wants it so
 
 
 def stays_low_rank(weights: Weights) -> bool:
@@ -181,8 +335,18 @@ def stays_low_rank(weights: Weights) -> bool:
     """
     if weights.rank is None or isinstance(weights, LoraWeights):
         return weights.rank is not None
-    n, k = weights.shape
-    return 2 * weights.rank * (n + k) < (2 - CODE_BYTES) * n * k
+    return low_rank_is_smaller(weights.rank, weights.shape)
+
+
+def low_rank_is_smaller(rank: int, shape: tuple[int, int]) -> bool:
+    """Whether a branch of ``rank`` beside 4 bits takes fewer bytes than the layer in 16 bits."""
+    n, k = shape
+    return 2 * rank * (n + k) < (2 - CODE_BYTES) * n * k
+
+
+def _per_rank(alpha: float, rank: int) -> float:
+    """alpha / rank; an update of rank 0 adds nothing, whatever its alpha."""
+    return alpha / rank if rank else 0.0
 
 
 def _whole(w: tuple[Tensor, ...]) -> Tensor:

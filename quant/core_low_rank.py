@@ -22,10 +22,11 @@ from functools import lru_cache
 import torch
 from comfy_kitchen.float_utils import from_blocked, to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
-from comfy_kitchen.tensor.base import get_layout_class, register_layout_class, register_layout_op
+from comfy_kitchen.tensor.base import get_layout_class, register_layout_class
 from torch import Tensor
 
 from .core_formats import FORMATS, nvfp4_scale
+from .kitchen import register_linear
 
 START, END = "Nibble", "LowRank"
 OWN = ("proj_down", "proj_up", "input_scale", "pre_quant_scale")  # tensors that the sub-layouts add
@@ -106,10 +107,7 @@ def sub_layout(name: str) -> str:
         "state_dict_tensors": classmethod(_state_dict_tensors),
     })  # fmt: skip
     register_layout_class(made.__name__, made)
-    register_layout_op(torch.ops.aten.linear.default, made)(_linear)
-    register_layout_op(torch.ops.aten.t.default, made)(_t)
-    register_layout_op(torch.ops.aten.mm.default, made)(_mm)
-    register_layout_op(torch.ops.aten.addmm.default, made)(_addmm)
+    register_linear(made, lambda x, weight, bias: linear(x, unwrap(weight), bias))
     return made.__name__
 
 
@@ -208,21 +206,3 @@ def linear(x: Tensor, w: CoreLowRankWeight, bias: Tensor | None = None) -> Tenso
     """x (..., K) -> (..., N) in x's dtype."""
     y = base_linear(x, w, bias)
     return y + (x @ w.proj_down.to(x.dtype)) @ w.proj_up.to(x.dtype).t()
-
-
-def _t(qt, args, kwargs):
-    p = args[0]._params
-    flipped = replace(p, orig_shape=tuple(p.orig_shape[::-1]), transposed=not p.transposed)
-    return QuantizedTensor(args[0]._qdata, args[0]._layout_cls, flipped)
-
-
-def _linear(qt, args, kwargs):
-    return linear(args[0], unwrap(args[1]), args[2] if len(args) > 2 else None)
-
-
-def _mm(qt, args, kwargs):
-    return linear(args[0], unwrap(args[1]))
-
-
-def _addmm(qt, args, kwargs):
-    return linear(args[1], unwrap(args[2]), args[0])

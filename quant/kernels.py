@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import core_low_rank, kitchen, packing, parts, runtime
 from .awq import AWQWeight
 from .core_low_rank import CoreLowRankWeight
-from .kitchen import AWQ_LAYOUT, AWQ_LOW_RANK_LAYOUT, SVDQUANT_LAYOUT
+from .kitchen import AWQ_LAYOUT, AWQ_LOW_RANK_LAYOUT, SVDQUANT_LAYOUT, is_tiled
 from .parts import Parts, Plain
 from .svdquant import SVDQuantWeight
 
@@ -56,10 +56,6 @@ def format_of(layout: str | None) -> str | None:
     return OURS.get(layout)
 
 
-def is_tiled(weight: QuantizedTensor) -> bool:
-    return weight._qdata.dim() == 4
-
-
 def unwrap(weight: QuantizedTensor) -> Plain | Parts | CoreLowRankWeight:
     """The plain tensors of a wrapped weight, in natural order. Raises TypeError for a layout that is not ours."""
     if not is_ours(weight):
@@ -69,13 +65,7 @@ def unwrap(weight: QuantizedTensor) -> Plain | Parts | CoreLowRankWeight:
         return runtime.unwrap(weight)
     if core_low_rank.is_layout(weight._layout_cls):
         return core_low_rank.unwrap(weight)
-    q, p = weight._qdata, weight._params
-    if weight._layout_cls != SVDQUANT_LAYOUT:
-        return AWQWeight(q, p.scale, p.zeros, getattr(p, "proj_down", None), getattr(p, "proj_up", None))
-    scale, up = p.scale, p.proj_up
-    if is_tiled(weight):
-        q, scale, up = packing.untile_weight(q), packing.untile_scales(scale), packing.untile_up(up)
-    return SVDQuantWeight(q, scale, p.smooth_factor, p.proj_down, up, p.act_unsigned)
+    return kitchen.unwrap(weight)
 
 
 def cast(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, register_layout_class, register_layout_op
+from comfy_kitchen.tensor.base import BaseLayoutParams, QuantizedLayout, register_layout_class
 from torch import Tensor
 
 from . import kitchen, nvfp4_lowrank, parts, weight_only
@@ -186,23 +186,4 @@ def _forward(x: Tensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
-@register_layout_op(torch.ops.aten.t.default, NibbleLayout)
-def _t(qt, args, kwargs):
-    p = args[0]._params
-    flipped = dataclasses.replace(p, orig_shape=tuple(p.orig_shape[::-1]), transposed=not p.transposed)
-    return QuantizedTensor(args[0]._qdata, args[0]._layout_cls, flipped)
-
-
-@register_layout_op(torch.ops.aten.linear.default, NibbleLayout)
-def _linear(qt, args, kwargs):
-    return _forward(args[0], args[1], args[2] if len(args) > 2 else None)
-
-
-@register_layout_op(torch.ops.aten.mm.default, NibbleLayout)
-def _mm(qt, args, kwargs):
-    return _forward(args[0], args[1], None)
-
-
-@register_layout_op(torch.ops.aten.addmm.default, NibbleLayout)
-def _addmm(qt, args, kwargs):
-    return _forward(args[1], args[2], args[0])
+kitchen.register_linear(NibbleLayout, _forward)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KEEP = "keep"  # not a scheme: the layer stays in 16 bits
+ROWS = 8  # kernels read scales and write outputs 16 bytes at a time
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class QuantScheme:
 
     def fits(self, n: int, k: int) -> bool:
         """Whether an (N, K) linear can take this scheme."""
-        return n > 0 and k % self.group_size == 0
+        return n > 0 and n % ROWS == 0 and k % self.group_size == 0
 
     def bytes(self, n: int, k: int, rank: int = 0, side: int = 2) -> int:
         """Bytes of an (N, K) weight as stored, without bias; ``side`` bytes for each scale and low-rank element."""

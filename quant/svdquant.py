@@ -81,18 +81,21 @@ def dequantize(w: SVDQuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def stored_bias(w: SVDQuantWeight, bias: Tensor | None) -> Tensor | None:
-    """The bias to store with ``w``, from the float layer's bias: (N,) float32, or None where nothing is needed."""
+    """The bias to store with ``w``, from the float layer's bias: (N,) float32 beside ``w``, or None where nothing is
+    needed.
+    """
     if not w.act_unsigned:
         return bias
     correction = SHIFT * residual(w).sum(1)
-    return -correction if bias is None else bias.float() - correction
+    return -correction if bias is None else bias.to(correction) - correction
 
 
 def dense_bias(w: SVDQuantWeight, bias: Tensor | None) -> Tensor | None:
     """The bias a dense fall-back needs, from the stored one: the inverse of `stored_bias`."""
     if not w.act_unsigned or bias is None:
         return bias
-    return bias.float() + SHIFT * residual(w).sum(1)
+    correction = SHIFT * residual(w).sum(1)
+    return bias.to(correction) + correction
 
 
 def quantize_activation(x: Tensor, w: SVDQuantWeight) -> Tensor:

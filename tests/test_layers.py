@@ -27,7 +27,7 @@ ALLOWED = {
     "nodes": CORE,
     "headless": CORE,
     "training": {"lora", "sampling", "quant", "reading"},
-    "lora": {"checkpoints.families", "quant", "reading"},
+    "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
     "checkpoints": {"quant"},
     "demo": {"metrics", "training", "adapters"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition

@@ -44,10 +44,14 @@ def apply(choices: Iterable[Choice], model, clip=None):
     texts = []
     for choice in sorted(choices, key=lambda c: (c.name, c.strength_model, c.strength_clip)):
         found, tensors, metadata = _match(choice, names)
-        said = report(Path(choice.name).name, tensors, found, _notes(found, names, choice))
-        _require(said, names)
-        model = _patched(model, found.patches[MODEL], choice.strength_model, metadata)
-        clip = None if clip is None else _patched(clip, found.patches[TEXT], choice.strength_clip, metadata)
+        file = Path(choice.name).name
+        _require(report(file, tensors, found), names)
+        if model is not None:
+            model = _patched(model, found, MODEL, choice.strength_model, metadata)
+        if clip is not None:
+            clip = _patched(clip, found, TEXT, choice.strength_clip, metadata)
+        said = report(file, tensors, found, _notes(found, names, choice))
+        _require(said, names)  # once more: now it says what ComfyUI took
         texts.append(said.text())
     return model, clip, "\n\n".join(texts) or "No LoRA was chosen; nothing is changed."
 
@@ -58,6 +62,9 @@ def inspect(name: str, path: str, model=None, clip=None) -> tuple[str, str]:
     names = vocabulary(model, clip)
     choice = Choice(name, path)
     found, tensors, _ = _match(choice, names)
+    for part, owner in ((MODEL, model), (TEXT, clip)):
+        if owner is not None:
+            _patched(owner, found, part, 1.0, {})  # on a clone, to hear what ComfyUI takes
     notes = _notes(found, names, choice) if model is not None or clip is not None else ("connect a model to match it",)
     said = report(Path(name).name, tensors, found, notes)
     return said.text(), said.to_json()
@@ -69,12 +76,11 @@ def _match(choice: Choice, names: Vocabulary) -> tuple[Match, dict, dict]:
     return match(tensors, peft.configs(choice.path, metadata), names), tensors, metadata or {}
 
 
-def _patched(owner, patches: list[dict], strength: float, metadata: dict):
-    """A clone of a MODEL or CLIP with ``patches``; at strength 0 a clone that is as before."""
+def _patched(owner, found: Match, part: str, strength: float, metadata: dict):
+    """A clone of a MODEL or CLIP with the patches of ``found``; at strength 0 a clone that is as before."""
     owner = owner.clone()
     if strength != 0:
-        for some in patches:
-            owner.add_patches(some, strength)
+        found.patch(part, owner, strength)
     if metadata:
         getattr(owner, "patcher", owner).set_attachments("lora_metadata", metadata)
     return owner
@@ -91,7 +97,7 @@ def _require(said: KeyReport, names: Vocabulary) -> None:
         parts = [what for what, there in (("MODEL", names.model), ("CLIP", names.clip)) if there is None]
         raise ValueError(f"{said.file}: it {said.family}, and no {' or '.join(parts)} is connected. Connect it")
     first = listed(said.status)
-    what = f"none of its {len(said.status)} keys fits: it {said.family}, the model is {names.title}"
+    what = f"none of its {len(said.status)} keys fits: it {said.family}, the model is {names.title} ({said.reasons()})"
     raise ValueError(f"{said.file}: {what}. Its keys: {first}. {OTHER}")
 
 

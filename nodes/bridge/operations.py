@@ -117,6 +117,9 @@ class FourBitLinear:
         sd.pop(f"{prefix}comfy_quant", None)
         if core_low_rank.is_layout(weight._layout_cls):
             weight = self._on_this_machine(weight)
+        have, want = kernels.side_dtype(weight), self.factory_kwargs["dtype"]
+        if have != want and have.itemsize == want.itemsize:  # else each forward would cast them
+            weight = kernels.cast(weight, want)
         self.layout_type = weight._layout_cls
         self.quant_format = kernels.format_of(weight._layout_cls)
         self.weight = _parameter(weight)
@@ -173,6 +176,8 @@ class FourBitLinear:
             return self._dense_forward(input)
         functions = self.weight_function
         with self._moved(input) as (weight, bias):
+            if not kernels.is_quantized(weight):  # a layer of dynamic VRAM on the CPU: ComfyUI has made it dense
+                weight = self.weight.to(input.device)
             if unchanged:
                 weight = self.whole(weight)
             if self.lora is not None:

@@ -32,9 +32,8 @@ from comfy.model_patcher import (
     get_key_weight,
 )
 
-from ...lora.read import finite
 from ...lora.report import listed
-from ...quant import kernels
+from ...quant import kernels, machine
 from . import patches as p
 from .operations import FourBitLinear, stored
 
@@ -121,6 +120,10 @@ class _FourBit:
         else:  # the layer notes the shift that a dense weight needs
             comfy.utils.get_attr(self.model, key.rpartition(".")[0]).set_weight(weight)
 
+    def detach(self, unpatch_all=True):
+        machine.free_workspaces()
+        return super().detach(unpatch_all)
+
     def get_key_patches(self, filter_prefix=None):
         out = {}
         for key in self.model_state_dict(filter_prefix):
@@ -154,7 +157,7 @@ class _FourBit:
             if weight is None or p.fits(value, tuple(weight.shape), offset):
                 fit[target] = value
                 mine += weight is not None
-                if weight is not None and not all(map(finite, p.tensors_of(value))):
+                if weight is not None and not p.finite(value):
                     broken.append(key)
             else:
                 unfit.append(key)
@@ -297,6 +300,7 @@ class NibblePatcherDynamic(_FourBit, ModelPatcherDynamic):
         low_rank = p.factors(pending, tuple(module.weight.shape)) if pending and not fused else None
         if low_rank is not None:
             dtype = kernels.side_dtype(module.whole())
+            low_rank = p.padded(module.whole(), *low_rank)
             module.lora = tuple(t.to(device=device, dtype=dtype).contiguous() for t in low_rank)
             self.model.model_loaded_weight_memory += sum(t.numel() * t.element_size() for t in module.lora)
         elif pending:

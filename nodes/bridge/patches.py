@@ -8,18 +8,35 @@ unpatched weight and never rounded again. No state is kept but on ComfyUI's own 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 
 import comfy.lora
 import comfy.utils
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter, WeightAdapterBase
+from comfy.weight_adapter.boft import BOFTAdapter
+from comfy.weight_adapter.glora import GLoRAAdapter
+from comfy.weight_adapter.oft import OFTAdapter
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ...lora.apply import placed
+from ...lora.build import build
 from ...lora.names import Slot
-from ...lora.weights import LohaWeights, LokrWeights, LoraWeights, Weights, stays_low_rank
+from ...lora.read import finite as is_finite
+from ...lora.status import Refused
+from ...lora.weights import (
+    DiffWeights,
+    GloraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    SetWeights,
+    Weights,
+    inner,
+    stays_low_rank,
+)
 from ...quant import kernels
 
 log = logging.getLogger(__name__)
@@ -37,39 +54,49 @@ def shift_of(weight: QuantizedTensor) -> Tensor | None:
     return kernels.shift(weight)
 
 
-def _lora(v) -> Weights | None:
-    up, down, alpha, mid, dora, reshape = v
-    if dora is not None or reshape is not None:
-        return None
-    return LoraWeights(down, up, float(down.shape[0] if alpha is None else alpha), mid)
+# ComfyUI's adapter classes -> (kind, what their ``weights`` hold, in this order, in the words of lora/build.py)
+ADAPTERS = {
+    LoRAAdapter: ("lora", ("up", "down", "alpha", "mid", "dora_scale", "reshape")),
+    LoHaAdapter: ("loha", ("hada_w1_a", "hada_w1_b", "alpha", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2",
+                           "dora_scale")),
+    LoKrAdapter: ("lokr", ("lokr_w1", "lokr_w2", "alpha", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b", "lokr_t2",
+                           "dora_scale")),
+    GLoRAAdapter: ("glora", ("a1", "a2", "b1", "b2", "alpha", "dora_scale")),
+    OFTAdapter: ("oft", ("oft_blocks", "rescale", "alpha", "dora_scale")),
+    BOFTAdapter: ("boft", ("oft_blocks", "rescale", "alpha", "dora_scale")),
+}  # fmt: skip
+SUMS = (LoraWeights, LohaWeights, LokrWeights)
 
 
-def _loha(v) -> Weights | None:
-    w1a, w1b, alpha, w2a, w2b, t1, t2, dora = v
-    rank = w1b.shape[0]
-    return LohaWeights(w1a, w1b, w2a, w2b, float(rank if alpha is None else alpha), t1, t2) if dora is None else None
-
-
-def _lokr(v) -> Weights | None:
-    w1, w2, alpha, w1a, w1b, w2a, w2b, t2, dora = v
-    if dora is not None or t2 is not None:
-        return None
-    one = (w1a, w1b) if w1 is None else (w1,)
-    two = (w2a, w2b) if w2 is None else (w2,)
-    if any(t is None for t in (*one, *two)):
-        return None  # a half is missing: `fits` leaves it out
-    rank = w2b.shape[0] if w2 is None else w1b.shape[0] if w1 is None else None
-    return LokrWeights(one, two, 1.0 if alpha is None or rank is None else alpha / rank)
-
-
-HALVES = ((0, 4), (1, 6))  # of LoKr's weights: each side whole, or the second of its two factors
-PLAIN = {LoRAAdapter: _lora, LoHaAdapter: _loha, LoKrAdapter: _lokr}
+def update(value) -> Weights | None:
+    """ComfyUI's patch as this pack's update; None for what no kind of it is. Raises Refused for parts that do not fit
+    each other: ComfyUI fails on them while it samples, and goes on without.
+    """
+    kind, names = ADAPTERS.get(type(value), ("", ()))
+    if kind:
+        parts = {n: t for n, t in zip(names, value.weights, strict=False) if t is not None}
+        try:
+            return build(kind, parts)
+        except (KeyError, IndexError) as e:
+            raise Refused("incomplete") from e
+        except ValueError as e:
+            raise e if isinstance(e, Refused) else Refused("halves") from e
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in ("diff", "set") and len(value[1]) == 1:
+        return (DiffWeights if value[0] == "diff" else SetWeights)(value[1][0])
+    return None
 
 
 def plain(value) -> Weights | None:
     """ComfyUI's adapter as this pack's, or None for one that is more than a sum (DoRA, OFT ...)."""
-    make = PLAIN.get(type(value))
-    return None if make is None else make(value.weights)
+    if type(value) is LoRAAdapter and value.weights[5] is not None:
+        return None  # it makes its layer larger
+    if type(value) is LoKrAdapter and value.weights[7] is not None:
+        return None  # ComfyUI multiplies its core in its own way
+    try:
+        weights = update(value)
+    except Refused:
+        return None
+    return weights if isinstance(weights, SUMS) else None
 
 
 def live(patches: Sequence[tuple]) -> list[tuple]:
@@ -149,12 +176,17 @@ def _padded(rank: int) -> int:
     return -(-rank // RANK_STEP) * RANK_STEP
 
 
-def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
-    """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
+def padded(weight: QuantizedTensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """``down`` and ``up`` with zeros that make the branch of ``weight`` a multiple of `RANK_STEP` with them."""
     here = getattr(weight._params, "proj_down", None)
     rank = (0 if here is None else here.shape[1]) + down.shape[1]
     pad = (0, _padded(rank) - rank)
-    return kernels.extend(weight, torch.nn.functional.pad(down, pad), torch.nn.functional.pad(up, pad))
+    return (torch.nn.functional.pad(down, pad), torch.nn.functional.pad(up, pad)) if pad[1] else (down, up)
+
+
+def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
+    """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
+    return kernels.extend(weight, *padded(weight, down, up))
 
 
 def patched(weight: QuantizedTensor, patches: Sequence[tuple], key: str, original: dict | None = None) -> Tensor:
@@ -195,49 +227,40 @@ def on_the_fly(weight: QuantizedTensor, functions: Iterable) -> Tensor:
 
 
 def _remembered(holder, pending: Sequence[tuple], weight: QuantizedTensor) -> tuple[Tensor, Tensor] | None:
-    """`factors` in the weight's own dtype, once for each of ComfyUI's patch objects: it makes new ones whenever
-    patches change.
+    """`factors` as `grown` takes them, in the weight's own dtype and beside it, once for each of ComfyUI's patch
+    objects: it makes new ones whenever patches change.
     """
-    if not hasattr(holder, "nibble_factors"):
+    device, dtype = weight._qdata.device, kernels.side_dtype(weight)
+    kept = getattr(holder, "nibble_factors", ())
+    if kept == () or (kept is not None and (kept[0].device, kept[0].dtype) != (device, dtype)):
         low_rank = factors(pending, tuple(weight.shape))
-        dtype = kernels.side_dtype(weight)
-        holder.nibble_factors = None if low_rank is None else tuple(t.to(dtype) for t in low_rank)
-    return holder.nibble_factors
+        kept = None if low_rank is None else tuple(t.to(device, dtype) for t in padded(weight, *low_rank))
+        holder.nibble_factors = kept
+    return kept
 
 
-def tensors_of(value) -> list[Tensor]:
-    """Every tensor inside a patch's value."""
+def finite(value) -> bool:
+    """Whether every number of a patch's value is one: in its tensors, and its alpha."""
     if isinstance(value, WeightAdapterBase):
-        return tensors_of(tuple(value.weights))
+        return finite(tuple(value.weights))
     if isinstance(value, (tuple, list)):
-        return [t for item in value for t in tensors_of(item)]
-    return [value] if isinstance(value, Tensor) else []
-
-
-def shape_of(value) -> tuple[int, int] | None:
-    """(rows, columns) that a patch's value is made for, where it says; kernels are flattened into columns."""
-    weights = plain(value)
-    if weights is not None:
-        return weights.shape
-    if isinstance(value, WeightAdapterBase):
-        if type(value) is not LoRAAdapter or value.calculate_shape("") is not None or value.weights[3] is not None:
-            return None
-        return value.weights[0].shape[0], value.weights[1].flatten(1).shape[1]  # DoRA
-    if isinstance(value, tuple) and len(value) == 2 and value[0] == "diff" and len(value[1]) == 1:
-        return _flat(value[1][0].shape)
-    return None
-
-
-def _flat(shape) -> tuple[int, int]:
-    return shape[0], torch.Size(shape[1:]).numel()
+        return all(map(finite, value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, Tensor) or is_finite(value)
 
 
 def fits(value, shape: tuple[int, ...], offset: tuple[int, int, int] | None = None) -> bool:
     """Whether a patch's value belongs on a weight of ``shape`` (True where it does not say)."""
-    if type(value) is LoKrAdapter and any(value.weights[i] is None and value.weights[j] is None for i, j in HALVES):
-        return False  # ComfyUI makes an adapter of one half, and fails when it comes to multiply
-    want = shape_of(value)
-    if want is None or len(shape) == 0:
+    try:
+        weights = update(value)
+    except Refused:
+        return False
+    grows = isinstance(value, WeightAdapterBase) and value.calculate_shape("") is not None
+    if weights is None or grows or len(shape) == 0:
         return True
     shape = tuple(offset[2] if offset is not None and i == offset[0] else s for i, s in enumerate(shape))
-    return want == _flat(shape)
+    (n, k), alone = weights.shape, inner(weights)
+    if isinstance(alone, GloraWeights) and not alone.fits(shape):
+        return False
+    return n == shape[0] and k in (None, torch.Size(shape[1:]).numel())

@@ -1,5 +1,6 @@
 """GGUF against the library's own code: values equal, codes kept, every broken file one sentence."""
 
+import struct
 import sys
 
 import numpy as np
@@ -91,3 +92,68 @@ class TestGGUF:
             CheckpointError, match=r"need the library gguf, which is not installed\. Install .* pip install gguf"
         ):
             gguf.open_file(gguf_file)
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def header(values: list[bytes], tensors: list[bytes] = (), data: bytes = b"", version: int = 3) -> bytes:
+    """The bytes of a GGUF file: magic, counts, values, tensors, padding, data."""
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(values)) + b"".join(values) + b"".join(tensors)
+    return head + bytes(-len(head) % 32) + data
+
+
+def tensor(name: bytes, shape: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def array(inner: int, length: int, rest: bytes = b"") -> bytes:
+    return text(b"a") + struct.pack("<IIQ", 9, inner, length) + rest
+
+
+HOSTILE = {
+    "an array of 2^60 values": (header([array(0, 2**60)]), "arrays of 1152921504606846976 values"),
+    "an array as long as the file": (header([array(0, 30 * 2**20, bytes(30 * 2**20))]), "arrays of 31457280 values"),
+    "many arrays": (header([array(0, 2**10, bytes(2**10))] * 300), "arrays of 200704 values"),
+    "nested arrays": (header([array(9, 1, struct.pack("<IQ", 0, 2**60))]), "a is an array of arrays"),
+    "an array of nothing known": (header([array(77, 1, bytes(9))]), "a is an array of type 77"),
+    "a name without end": (header([struct.pack("<Q", 2**62) + b"a"]), "a text of 4611686018427387904 bytes"),
+    "a text without end": (header([text(b"a") + struct.pack("<IQ", 8, 2**40)]), "a text of 1099511627776 bytes"),
+    "a text that is none": (header([text(b"\xff\xfe\xff") + struct.pack("<I", 4)]), "can't decode"),
+    "counts of nothing": (b"GGUF" + struct.pack("<IQQ", 3, 2**40, 2**40), "lists 1099511627776 tensors"),
+    "a million values": (header([text(b"a") + struct.pack("<IB", 0, 1)] * 10**6), "1000000 values"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+    "an alignment of 3": (header([text(b"general.alignment") + struct.pack("<II", 4, 3)]), "its alignment is 3"),
+    "a tensor without end": (header([], [tensor(b"w", [2**40, 2**40])], bytes(64)), "w ends behind it"),
+    "a product that overflows": (header([], [tensor(b"w", [2**32, 2**32])], bytes(64)), "w ends behind it"),
+    "a tensor far away": (header([], [tensor(b"w", [4, 4], 0, 2**60)], bytes(64)), "w ends behind it"),
+    "tensors over each other": (
+        header([], [tensor(b"w%d" % i, [64, 64]) for i in range(3)], bytes(4 * 64 * 64)),
+        "over each other",
+    ),
+    "a tensor of 2^31 dimensions": (header([], [text(b"w") + struct.pack("<I", 2**31)], bytes(64)), "dimensions"),
+    "an unknown type": (header([], [tensor(b"w", [4, 4], 99)], bytes(64)), "type 99"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("read", [load, inspect])
+def test_a_hostile_header_is_one_sentence_before_the_library_reads(case, read, tmp_path, monkeypatch):
+    data, words = HOSTILE[case]
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(data)
+    monkeypatch.setattr(library, "GGUFReader", None)  # it believes every count
+    with pytest.raises(CheckpointError, match=words) as e:
+        read(path)
+    assert len(str(e.value)) < 400 and str(e.value).startswith("hostile.gguf: ")
+
+
+def test_a_shape_that_is_not_the_tensors_is_named(tmp_path):
+    writer = library.GGUFWriter(tmp_path / "odd.gguf", "flux")
+    writer.add_array("comfy.gguf.orig_shape.a.weight", [4, 64])
+    kind = library.GGMLQuantizationType(gguf_blocks.BLOCKS["q4_0"].number)
+    writer.add_tensor("a.weight", blocks("q4_0", 8, 64), raw_dtype=kind)
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    with pytest.raises(CheckpointError, match=r"layer a\.weight: its shape \(4, 64\) is not that of its 512 values"):
+        load(tmp_path / "odd.gguf")

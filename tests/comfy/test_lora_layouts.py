@@ -114,3 +114,15 @@ def test_entries_that_are_no_weights_pass_through(core_layers):
     assert found["kept"] == ['{"attention": "int8"}', "torch.int64"] and found["calibrated"] == "NibblePatcher"
     assert min(found["LoRA in it"], found["LoRA on 4 bits"]) > 0.93 and found["merge"]
     assert found["rebuilt"] > 0.99
+
+
+def test_a_layer_of_dynamic_vram_that_runs_on_the_cpu(core_layers):
+    found = core_layers["_v"]
+    assert len(found) > 5
+    for same, apart, without, _ in found:
+        assert same and apart == 0 and not without, found
+
+
+def test_nothing_is_cast_padded_or_moved_twice(core_layers):
+    assert core_layers["cast at load"] == 1 and core_layers["cast on forward"] == 0 and core_layers["as before"]
+    assert core_layers["factors"] == [1, True]

@@ -72,10 +72,12 @@ def test_report_counts_every_key_once(server, kit):
     report = server.done(applied(name, kit.put("half.safetensors", file))).text("show")
     assert report.splitlines()[1] == (
         f"{len(file)} keys: {good} applied to the model, 2 for a part that is not connected, 10 unknown to this model, "
-        "2 of another shape than the layer, 2 without the other half, or of no known kind"
+        "2 of another shape than the layer, 1 of a kind that is not read, 1 without the other half"
     )
     assert "unknown to this model: diffusion_model.double_blocks.0.nowhere.lora_" in report
     assert "of another shape than the layer: lora_unet_double_blocks_0_txt_attn_proj.lora_" in report
+    assert "(made for 256 x 128, the layer has 256 x 256)" in report
+    assert "without the other half: diffusion_model.single_blocks.0.linear1.lora_down.weight (no up)" in report
     assert "6 quantized layers take it into their low-rank branch" in report
     both = {"n": node("NibbleLoraReport", lora_name="half.safetensors"), "p": node("PreviewAny", source=["n", 1])}
     found = server.done(both)

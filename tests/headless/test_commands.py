@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
@@ -12,7 +13,7 @@ from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.headless import calibrate, pipeline
 from comfyui_nibble.headless.cli import main, parser
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SMALL = ("svdquant_w4a4", "awq_w4a16", "int8_tensorwise")
 
@@ -73,6 +74,18 @@ def test_a_domain_and_a_lora(tmp_path, capsys):
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
+def test_a_lora_of_which_a_part_is_not_read(tmp_path, capsys):
+    """It is applied as far as it goes, and said on the error stream; a PEFT folder is a LoRA, too."""
+    tensors = load_file(demo.LORAS["style"])
+    save_file(tensors | {"unet.mid_block.x.ia3_l": torch.ones(4)}, tmp_path / "half.safetensors")
+    args = ["generate", "apple", "--lcm", "--steps", "1", "--out", str(tmp_path)]
+    assert main([*args, "--lora", str(tmp_path / "half.safetensors")]) == 0
+    said = capsys.readouterr().err
+    assert "nibble: half.safetensors: 70 applied, 1 of a kind that is not read (IA3)" in said
+    (tmp_path / "half.safetensors").rename(tmp_path / "adapter_model.safetensors")
+    assert main([*args, "--lora", str(tmp_path)]) == 0
+
+
 def test_calibrate_with_a_budget_and_a_report(quantized, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\nfox face\n", encoding="utf-8")
@@ -110,11 +123,14 @@ def test_calibrate_with_a_budget_and_a_report(quantized, tmp_path, capsys):
         (["quantize", "{model}", "--out", "{new}", "--budget", "5"], "add --preset fast or best"),
         (["quantize", "{model}", "--out", "{file}"], "There is a file of this name|there is a file of this name"),
         (["generate", "x", "--lora", "none.safetensors"], "none.safetensors: there is no such LoRA file"),
+        (["generate", "x", "--lora", "{page}"], "page.safetensors: not a whole safetensors file"),
         (["prompts", "expand", "cars", "a red one"], "cars"),
     ],
 )
 def test_a_mistake_is_one_sentence(args, words, quantized, tmp_path, capsys):
-    places = {"file": quantized, "new": tmp_path / "new.safetensors", "model": demo.MODEL, "float": tmp_path / "f.sft"}
+    (tmp_path / "page.safetensors").write_bytes(b"<html>404 not found</html>" * 40)
+    places = {"file": quantized, "new": tmp_path / "new.safetensors", "model": demo.MODEL, "float": tmp_path / "f.sft",
+              "page": tmp_path / "page.safetensors"}  # fmt: skip
     with open_source(demo.MODEL) as source:
         save_file({n: source.get(n) for n in source}, places["float"])
     assert main([a.format(**places) for a in args]) == 1

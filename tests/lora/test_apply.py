@@ -103,9 +103,8 @@ def test_nothing_is_silently_ignored():
     assert report.unknown == ("lora_unet_other_layer",)
     assert report.mismatched == ("lora_unet_blocks_0_attn_to_q",)
     assert report.unread == ("lora_unet_x.hada_w1_a",)
-    assert report.summary() == "3 applied, 1 not in this model, 1 of another shape, 1 keys of another kind"
-
-
-def test_halves_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"LoRA layer a: down \(4, 8\) and up \(8, 5\) do not share a rank"):
-        read({"a.lora_down.weight": torch.zeros(4, 8), "a.lora_up.weight": torch.zeros(8, 5)})
+    assert report.summary() == (
+        "3 applied, 1 unknown to this model, 1 of another shape than the layer, 1 without the other half"
+    )
+    assert report.why["lora_unet_blocks_0_attn_to_q.lora_up.weight"] == "made for 10 x 64, the layer has 64 x 64"
+    assert report.why["lora_unet_x.hada_w1_a"] == "no hada_w1_b, hada_w2_a, hada_w2_b"

@@ -28,6 +28,7 @@ CONFIGS = {
         r=4, lora_alpha=8, target_modules=TARGETS, rank_pattern={"to_q": 2}, alpha_pattern={"attn.to_q": 3, "proj": 1}
     ),
     "rslora": peft.LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, use_rslora=True),
+    "bias": peft.LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, lora_bias=True),
     "dora": peft.LoraConfig(r=4, lora_alpha=2, target_modules=TARGETS, use_dora=True),
     "loha": peft.LoHaConfig(r=4, alpha=2, target_modules=TARGETS),
     "lokr": peft.LoKrConfig(r=4, alpha=2, target_modules=TARGETS),
@@ -55,8 +56,31 @@ def test_adapter_folder(name, tmp_path, sqnr):
     for (n, expected), got, before in zip(
         merged.state_dict().items(), ours.state_dict().values(), plain.state_dict().values(), strict=True
     ):
-        if n.endswith(".weight"):
+        if n.endswith(".weight") or name == "bias":
             assert sqnr(expected - before, got - before) > 90, n
+
+
+# What PEFT's other methods save -> what the report calls them
+OTHERS = {
+    "IA3": peft.IA3Config(target_modules=TARGETS, feedforward_modules=["proj"]),
+    "VeRA": peft.VeraConfig(target_modules=TARGETS, r=4),
+    "HRA": peft.HRAConfig(target_modules=TARGETS, r=4),
+    "FourierFT": peft.FourierFTConfig(target_modules=TARGETS, n_frequency=8),
+    "PEFT's OFT": peft.OFTConfig(target_modules=TARGETS, oft_block_size=8, r=0),
+    "AdaLoRA": peft.AdaLoraConfig(target_modules=TARGETS, total_step=10),
+    "RandLoRA": peft.RandLoraConfig(target_modules=TARGETS, r=4),
+    "LN Tuning": peft.LNTuningConfig(target_modules=TARGETS),
+    "Poly": peft.PolyConfig(target_modules=TARGETS, r=4),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_methods_are_named(name, tmp_path):
+    peft.get_peft_model(Block(), OTHERS[name]).save_pretrained(tmp_path)
+    ours = Block()
+    report = apply(ours, read_file(tmp_path), 1.0)
+    assert set(report.status.values()) == {"unread"} and set(report.why.values()) == {name}
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), Block().parameters(), strict=True))
 
 
 def test_diffusers_keeps_the_config_in_the_metadata(tmp_path, sqnr):
@@ -103,10 +127,16 @@ def test_patterns_are_names_and_never_expressions():
         ("[1]", "is not a JSON object"),
         ('{"lora_alpha": "high"}', "its alpha and rank are not numbers"),
         ('{"lora_alpha": 1, "alpha_pattern": [1]}', "its alpha and rank are not numbers"),
+        ('{"lora_alpha": NaN}', "its alpha and rank are not numbers"),
+        ('{"lora_alpha": 1, "alpha_pattern": {"a": -Infinity}}', "its alpha and rank are not numbers"),
+        ('{"lora_alpha": 1, "r": Infinity}', "its alpha and rank are not numbers"),
+        ("[" * 100_000, "is not JSON"),
+        (b'{"lora_alpha": "\xff"}', "its alpha and rank are not numbers"),  # Windows-1252
+        (b'{"lora_alpha": "\x00"}', "no text, it has the control character"),
     ],
 )
 def test_a_config_that_cannot_be_read_is_named(text, message, tmp_path):
-    (tmp_path / "adapter_config.json").write_text(text)
+    (tmp_path / "adapter_config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         configs(tmp_path / "adapter_model.safetensors", None)
 

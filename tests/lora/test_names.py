@@ -163,7 +163,7 @@ def test_a_text_encoder_takes_only_its_part():
     text = Text()
     assert apply(text, read(file), 1.0, TEXT).summary() == "1 applied, 1 for another part of the pipeline"
     told = apply(unet(), read(file), 1.0).summary()
-    assert told == "0 applied, 1 for another part of the pipeline, 1 not in this model"
+    assert told == "0 applied, 1 for another part of the pipeline, 1 unknown to this model"
 
 
 def test_canonical_is_one_name():

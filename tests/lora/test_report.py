@@ -51,8 +51,8 @@ def test_every_suffix_belongs_to_one_role():
     for key, (target, role) in {
         "x.lora_A.default.weight": ("x", "down"),
         "x.lora_B.style_2.weight": ("x", "up"),
-        "x.lora_magnitude_vector.default.weight": ("x", "dora_scale"),
-        "x.lora_B.bias": ("x", "diff_b"),
+        "x.lora_magnitude_vector.default.weight": ("x", "magnitude"),
+        "x.lora_B.bias": ("x", "up_b"),
         "x_lora.up.weight": ("x", "up"),
     }.items():
         assert split(key) == (target, role)
@@ -61,8 +61,9 @@ def test_every_suffix_belongs_to_one_role():
 
 
 def test_a_second_spelling_of_a_half_is_not_lost():
-    grouped, rest = group(["a.lora_down.weight", "a.lora_up.weight", "a.lora_A.weight", "junk"])
-    assert set(grouped) == {"a"} and rest == ("a.lora_A.weight", "junk")
+    grouped, rest = group(["a.alpha", "a.lora_down.weight", "a.lora_up.weight", "a.lora_A.weight", "junk"])
+    whole = {"alpha": "a.alpha", "down": "a.lora_down.weight", "up": "a.lora_up.weight"}
+    assert grouped == [("a", whole), ("a", {"alpha": "a.alpha", "down": "a.lora_A.weight"})] and rest == ("junk",)
 
 
 def test_text_and_json_count_every_key():

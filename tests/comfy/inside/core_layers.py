@@ -135,4 +135,52 @@ result["opaque"]["merge"] = KEY not in str(list(four.get_key_patches("diffusion_
 bare = with_settings(f"{folder}/svdquant.safetensors")
 refined = refine.with_weights(bare, {}, {}, torch.bfloat16)
 result["opaque"]["rebuilt"] = cosine(run(refined, family), run(bare, family))
+
+# A layer of dynamic VRAM that is run on the CPU: ComfyUI hands over a dense weight, without branch, shift or LoRA.
+down, up = torch.randn(4, 256) / 16, torch.randn(256, 4) / 16
+for name in ("svdquant", "promoted", "nvfp4"):
+    model = load.diffusion_model(f"{folder}/{name}.safetensors")
+    for module in quantized(model).values():
+        if (module.out_features, module.in_features) != (256, 256):
+            continue
+        x = torch.randn(3, 256)
+        plain, module.lora = module(x), (down.t().contiguous(), up)
+        with_lora, module._v, module._v_signature = module(x), object(), None
+        same, module.lora = torch.equal(module(x), with_lora), None
+        apart = (module(x) - plain).abs().max().item() if kernels.is_ours(module.weight) else 0  # else ComfyUI's own
+        result.setdefault("_v", []).append([same, apart, torch.equal(plain, with_lora), module.layout_type])
+        del module._v
+
+# A file in bfloat16 whose model computes in float16: scales and branch are cast once, not on every forward.
+cast, count = kernels.cast, []
+kernels.cast = lambda weight, dtype: count.append(dtype) or cast(weight, dtype)
+made = operations.operations(torch.float16).Linear(256, 256, bias=False)
+wrapped = load.wrapped(load.read(f"{folder}/svdquant.safetensors").layers)
+name = next(n for n, w in wrapped.items() if n.endswith(".weight") and tuple(w.shape) == (256, 256))
+made.load_state_dict({"weight": wrapped[name], "comfy_quant": wrapped[name.replace("weight", "comfy_quant")]})
+result["cast at load"], x = len(count), torch.randn(2, 256, dtype=torch.float16)
+count.clear()
+y = made(x)
+result["cast on forward"] = len(count)
+wanted = operations.linear(x, wrapped[name], None)
+result["as before"] = torch.equal(y, wanted)
+kernels.cast = cast
+
+# A LoRA on a partially loaded model: its factors are padded and moved once.
+patches = ours("nodes.bridge.patches")
+model = load.diffusion_model(f"{folder}/svdquant.safetensors")
+patched = applied(model, path)[0]
+key = next(k for k in patched.patches if tuple(comfy.utils.get_attr(model.model, k).shape) == (256, 256))
+weight = comfy.utils.get_attr(model.model, key)
+from comfy.model_patcher import LowVramPatch  # noqa: E402
+
+function, factors, made = LowVramPatch(key, patched.patches), patches.factors, []
+patches.factors = lambda *a: made.append(1) or factors(*a)
+outs = [patches.on_the_fly(weight, [function]) for _ in range(3)]
+patches.factors = factors
+full = patches.patched(weight, patched.patches[key], key)
+result["factors"] = [
+    len(made),
+    all(torch.equal(getattr(o._params, n), getattr(full._params, n)) for o in outs for n in ("proj_up", "proj_down")),
+]
 print(json.dumps(result))

@@ -19,6 +19,8 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import comfy.weight_adapter  # noqa: E402
 import lora_files  # noqa: E402
+import lora_matrix  # noqa: E402
+import lora_odd  # noqa: E402
 
 
 def ours(name: str):
@@ -77,6 +79,19 @@ def with_lora(model, file: dict, strength: float = 1.0):
     return comfy.sd.load_lora_for_models(model, None, file, strength, 0)[0]
 
 
+def effective(model, key: str) -> tuple[torch.Tensor, bool]:
+    """(the tensor at ``key`` with the model's patches, in float64; whether it is still in 4 bits). The side tensors of
+    a 4-bit weight are float32 here: what is compared is the patch, not the rounding of its sum to 16 bits.
+    """
+    weight, _, convert = comfy.model_patcher.get_key_weight(model.model, key)
+    pending = model.patches.get(key, ())
+    if kernels.is_ours(weight):
+        out = patches.patched(kernels.cast(weight, torch.float32), pending, key)
+        return (patches.dense(out) if kernels.is_ours(out) else out).double(), kernels.is_ours(out)
+    weight = weight.float() if convert is None else convert(weight.float())
+    return comfy.lora.calculate_weight(pending, weight.clone(), key).double(), False
+
+
 def inputs(family: str):
     channels, width, vector, time = FORWARD[family]
     g = torch.Generator().manual_seed(1)
@@ -116,4 +131,4 @@ def relative(a, b) -> float:
     return ((a - b).double().norm() / b.double().norm()).item()
 
 
-__all__ = ["args", "comfy", "lora_files", "mm", "torch"]
+__all__ = ["args", "comfy", "lora_files", "lora_matrix", "lora_odd", "mm", "torch"]
