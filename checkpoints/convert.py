@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..quant import core_formats
 from ..quant.calib.engine import Layer
-from ..quant.modules import quantize_weight, require_float
+from ..quant.checks import require_float
+from ..quant.modules import quantize_weight
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan, retarget
 from ..quant.schemes import KEEP, SVDQUANT

@@ -17,7 +17,7 @@ from ..checkpoints.save import require_free
 from ..checkpoints.source import Source
 from ..prompts import batch, calibration
 from ..prompts import domain as domains
-from ..quant.calib import allocate
+from ..quant.calib import allocate, report
 from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate
 from ..quant.calib.presets import Preset
 from ..quant.policy import LayerPlan
@@ -106,7 +106,7 @@ def signature(source: Source, work: Job, inputs: Inputs) -> str:
     values = dict(
         plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn, method=METHOD
     )
-    return resume.signature(weights=resume.fingerprint(weights), **values)
+    return resume.run_signature(weights=resume.fingerprint(weights), **values)
 
 
 def run(
@@ -130,6 +130,7 @@ def run(
         "cfg": inputs.cfg, "prompts_sha256": resume.signature(prompts=list(inputs.prompts)),
         "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
         "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
+        "unreached": len(report.unreached(layers, preset.id)),
     }  # fmt: skip
     plans = options.plans or plan_source(source, options.rank)
     done = replace(options, solved=layers, calibration=record, plans=plans)

@@ -31,16 +31,17 @@ def as_features(x: Tensor) -> Tensor:
 
 
 def mean_cosine(x: Tensor, y: Tensor) -> float:
-    """Mean over all pairs of a row of ``x`` with a row of ``y``: CLIP-I of K samples against N references,
-    1 / (N K) sum_i sum_k cos(x_k, y_i). Symmetric.
+    """Mean over all pairs of a row of ``x`` with a row of ``y``, 1 / (N K) sum_i sum_k cos(x_k, y_i). Symmetric.
+
+    How alike two sets are; whether pictures are like their own references: `pairing.clip_i`.
     """
-    a, b = _same_width(unit(x), unit(y))
+    a, b = same_width(unit(x), unit(y))
     return float((a @ b.t()).mean())
 
 
 def paired_cosine(x: Tensor, y: Tensor) -> Tensor:
     """(n,) cosine of each row of ``x`` with the same row of ``y``: CLIP-T of pictures and their own prompts."""
-    a, b = _same_width(unit(x), unit(y))
+    a, b = same_width(unit(x), unit(y))
     if a.shape != b.shape:
         raise ValueError(f"{a.shape[0]} pictures and {b.shape[0]} texts cannot be paired: give one text a picture")
     return (a * b).sum(1)
@@ -51,7 +52,7 @@ def frechet(x: Tensor, y: Tensor) -> float:
 
     With Inception features this is FID. Source: Heusel et al. 2017. Raises ValueError for fewer than two rows.
     """
-    x, y = _same_width(as_features(x), as_features(y))
+    x, y = same_width(as_features(x), as_features(y))
     if min(len(x), len(y)) < 2:
         raise ValueError("a Frechet distance needs at least two pictures on each side")
     return frechet_gaussians(x.mean(0), torch.cov(x.t()), y.mean(0), torch.cov(y.t()))
@@ -73,7 +74,7 @@ def kernel_distance(x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, float]:
 
     Over `KID_SUBSETS` random subsets of `KID_SUBSET` rows; with fewer rows once over all of them (deviation 0).
     """
-    x, y = _same_width(as_features(x), as_features(y))
+    x, y = same_width(as_features(x), as_features(y))
     n = min(len(x), len(y))
     if n < 2:
         raise ValueError("a kernel distance needs at least two pictures on each side")
@@ -99,7 +100,8 @@ def mmd(x: Tensor, y: Tensor) -> float:
     return float(others(kernel(x, x)) + others(kernel(y, y)) - 2 * kernel(x, y).mean())
 
 
-def _same_width(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def same_width(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are. Raises ValueError for matrices of different width."""
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of {x.shape[1]} and {y.shape[1]} numbers cannot be compared: use one encoder")
     return x, y

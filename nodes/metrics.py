@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..metrics.compare import compare
+from ..metrics.pairing import AUTO, FORMS
 from ..reading.names import shown
 from . import files
 from .bridge import pictures, scores
@@ -87,6 +88,10 @@ class NibbleScores(io.ComfyNode):
                 io.Image.Input("references", optional=True, tooltip="Pictures to compare with, instead of a folder."),
                 io.Clip.Input("clip", optional=True, tooltip="A whole CLIP model's text half, for CLIP-T."),
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="The same CLIP model's picture half."),
+                io.Combo.Input("clip_i", options=list(FORMS), default=AUTO, optional=True, advanced=True,
+                               tooltip="CLIP-I. paired: each picture with its own reference, in the order of their "
+                               "names; as many pictures to each. all pairs: with every reference. auto: paired "
+                               "where the counts fit."),
             ],
             outputs=[
                 io.String.Output("table", display_name="table", tooltip="Markdown, for Preview as Text."),
@@ -102,10 +107,19 @@ class NibbleScores(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder, reference_folder, prompts, image_reward, images=None, references=None, clip=None, clip_vision=None
+        cls,
+        folder,
+        reference_folder,
+        prompts,
+        image_reward,
+        images=None,
+        references=None,
+        clip=None,
+        clip_vision=None,
+        clip_i=AUTO,
     ) -> io.NodeOutput:
         sides = (images, folder, references, reference_folder)
-        given = scores.Given(*sides, prompts, clip, clip_vision, image_reward, cls.hidden.unique_id)
+        given = scores.Given(*sides, prompts, clip, clip_vision, image_reward, cls.hidden.unique_id, clip_i)
         table, csv, name = scores.run(given)
         return io.NodeOutput(table, csv, ui={"text": [f"{table}\n\nSaved as {name}."]})
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .checks import require_finite, require_range
 from .packing import pack, unpack_unsigned
 
 GROUP = 64
@@ -65,11 +66,13 @@ def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16, importance: Te
     """Least-squares 4-bit groups of ``weight`` (N, K): min-max start, then rounding and refitting in turn.
 
     ``importance`` (K,) >= 0 weighs each column's error, for instance E[x^2] of the input (None: all alike). Scales and
-    zeros are rounded to ``dtype`` before codes are chosen. Raises ValueError if K % 64.
+    zeros are rounded to ``dtype`` before codes are chosen. Raises ValueError if K % 64, and for a weight that is not
+    finite or leaves the range of ``dtype``.
     """
     n, k = weight.shape
     if k % GROUP:
         raise ValueError(f"K={k} is not a multiple of {GROUP}")
+    require_finite(weight)
     w = weight.float().reshape(n, k // GROUP, GROUP)
     h = torch.ones(k, device=w.device) if importance is None else importance.float().to(w.device)
     h = (h / h.mean().clamp(min=1e-30) + 1e-6).reshape(1, k // GROUP, GROUP)
@@ -96,6 +99,7 @@ def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16, importance: Te
         zero = mw - scale * mq
     q, scale, zero = kept
     sides = [t.squeeze(-1).t().contiguous().to(dtype) for t in (scale, zero)]
+    require_range(sides, weight, dtype)
     return AWQWeight(pack((q + 8).reshape(n, k)), *sides)
 
 

@@ -17,6 +17,9 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from .checks import narrowed, relative_error, require_finite
+
+NVFP4_SPAN = 448 * 6  # of an e4m3 scale times an E2M1 code
 HADAMARD = (256, 64, 16)  # rotation sizes, powers of 4, the largest that divides K is used
 
 
@@ -88,20 +91,32 @@ FORMATS: dict[str, CoreFormat] = {
 
 
 def quantize(weight: Tensor, id: str, dtype: torch.dtype) -> QuantizedTensor:
-    """``weight`` (N, K) in the format ``id``, logical dtype ``dtype``. Raises ValueError where it does not fit."""
+    """``weight`` (N, K) in the format ``id``, logical dtype ``dtype``. Raises ValueError where it does not fit, and for
+    a weight that is not finite or leaves the range of ``dtype``.
+    """
     row, (n, k) = FORMATS[id], weight.shape
     if not row.fits(n, k):
         raise ValueError(f"{id} does not fit a layer of N={n}, K={k}")
-    return QuantizedTensor.from_float(weight.to(dtype).contiguous(), row.layout, **row.options(k))
+    require_finite(weight)
+    rounded = narrowed(weight, dtype).contiguous()
+    scale = {"scale": nvfp4_scale(rounded)} if id == "nvfp4" else {}
+    return QuantizedTensor.from_float(rounded, row.layout, **row.options(k), **scale)
+
+
+def nvfp4_scale(x: Tensor) -> Tensor:
+    """(): the scale of a whole tensor as kitchen chooses it; 1 where that would be 0, by which kitchen would divide.
+
+    It chooses in ``x``'s dtype, where small numbers vanish: there it is chosen in float32.
+    """
+    top = x.abs().amax()
+    scale, exact = (top / NVFP4_SPAN).float(), top.float() / NVFP4_SPAN
+    scale = torch.where(scale == 0, exact, scale)
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def output_error(x: Tensor, w: Tensor, weight: QuantizedTensor) -> float:
-    """||x w^T - layer(x)||^2 / ||y - mean y||^2 over tokens ``x`` (T, K), through the format's own linear."""
-    y = x @ w.t()
-    dtype = weight.dtype
-    got = _linear(x.to(dtype), weight).float()
-    spread = (y - y.mean(0)).square().sum() if len(y) > 1 else y.square().sum()
-    return float((got - y).square().sum() / spread.clamp(min=1e-30))
+    """`checks.relative_error` over tokens ``x`` (T, K), through the format's own linear."""
+    return relative_error(_linear(x.to(weight.dtype), weight).float(), x @ w.t())
 
 
 def _linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
@@ -110,9 +125,8 @@ def _linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """
     if weight._layout_cls != FORMATS["nvfp4"].layout:
         return torch.nn.functional.linear(x, weight)
-    return torch.nn.functional.linear(
-        QuantizedTensor.from_float(x, weight._layout_cls).dequantize(), weight.dequantize()
-    )
+    seen = QuantizedTensor.from_float(x, weight._layout_cls, scale=nvfp4_scale(x))
+    return torch.nn.functional.linear(seen.dequantize(), weight.dequantize())
 
 
 def stored_bytes(id: str, n: int, k: int) -> int:

@@ -25,6 +25,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.base import get_layout_class, register_layout_class
 from torch import Tensor
 
+from .core_formats import FORMATS, nvfp4_scale
 from .kitchen import register_linear
 
 START, END = "Nibble", "LowRank"
@@ -194,7 +195,10 @@ def base_linear(x: Tensor, w: CoreLowRankWeight, bias: Tensor | None) -> Tensor:
         return torch.nn.functional.linear(x, base.dequantize(), bias)
     if base._layout_cls not in QUANTIZED_INPUT:
         return torch.nn.functional.linear(x, base, bias)
-    q = QuantizedTensor.from_float(x.reshape(-1, x.shape[-1]), base._layout_cls, scale=w.input_scale)
+    flat, scale = x.reshape(-1, x.shape[-1]), w.input_scale
+    if scale is None and base._layout_cls == FORMATS["nvfp4"].layout:
+        scale = nvfp4_scale(flat)
+    q = QuantizedTensor.from_float(flat, base._layout_cls, scale=scale)
     return torch.nn.functional.linear(q, base, bias).reshape(*x.shape[:-1], w.shape[0])
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import scales
+from .checks import require_finite, require_range
 from .packing import pack
 from .svdquant import SVDQuantWeight
 
@@ -43,11 +44,14 @@ def quantize(
     seed: int = 0,
     candidates=scales.CANDIDATES,
 ) -> SVDQuantWeight:
-    """svdquant_w4a4 of ``weight`` (N, K) with smooth_factor 1. Raises ValueError if K % 64.
+    """svdquant_w4a4 of ``weight`` (N, K) with smooth_factor 1.
 
-    The branch is rounded to ``dtype`` first, so the codes make up for its rounding.
+    The branch is rounded to ``dtype`` first, so the codes make up for its rounding. Raises ValueError if K % 64, and
+    for a weight that is not finite or leaves the range of ``dtype``.
     """
+    require_finite(weight)
     up, down = (t.to(dtype) for t in low_rank(weight, rank, seed))
     codes, wscales = scales.search(weight.float() - up.float() @ down.float().t(), dtype=dtype, candidates=candidates)
+    require_range((wscales, up, down), weight, dtype)
     smooth = torch.ones(weight.shape[1], dtype=dtype, device=weight.device)
     return SVDQuantWeight(pack(codes), wscales, smooth, down.contiguous(), up.contiguous(), act_unsigned)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import awq, datafree, kernels, svdquant
+from .checks import naming, require_float
 from .policy import LayerPlan
 from .schemes import AWQ, KEEP, SVDQUANT
 
@@ -29,8 +30,6 @@ def quantize_weight(
     scheme.
     """
     require_float(weight)
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight holds NaN or infinity")
     if plan.scheme == SVDQUANT.id:
         q = datafree.quantize(weight, plan.rank, dtype, plan.act_unsigned, seed)
         dense, bias = svdquant.dequantize(q), _as(svdquant.stored_bias(q, bias), bias, dtype)
@@ -41,12 +40,6 @@ def quantize_weight(
         raise ValueError(f"no quantizer for scheme {plan.scheme!r}")
     norm = weight.float().norm()
     return QuantizedLayer(q, bias, float((dense - weight.float()).norm() / norm) if norm > 0 else 0.0)
-
-
-def require_float(weight: Tensor) -> None:
-    """Raises ValueError for a tensor that holds codes: taken for numbers they quantize without a complaint."""
-    if not weight.is_floating_point():
-        raise ValueError(f"the weight is {weight.dtype}, codes of a layer that is quantized already")
 
 
 def _as(new: Tensor | None, old: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -74,6 +67,7 @@ def quantize_module(
     """Replaces the planned linears' weights of ``module`` in place by 4-bit ones in ``dtype``; float weights are freed.
 
     Returns the weight error of each quantized layer. ``progress`` is called with each layer's name before it is done.
+    Raises ValueError that names the layer, as `quantize_weight` does.
     """
     errors = {}
     for name, layer_plan in plans.items():
@@ -83,7 +77,8 @@ def quantize_module(
             progress(name)
         layer = module.get_submodule(name)
         bias = None if layer.bias is None else layer.bias.detach()
-        done = quantize_weight(layer.weight.detach(), bias, layer_plan, dtype, seed)
+        with naming(name):
+            done = quantize_weight(layer.weight.detach(), bias, layer_plan, dtype, seed)
         install(layer, done.weight, done.bias, dtype)
         errors[name] = done.error
     return errors

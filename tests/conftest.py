@@ -1,7 +1,10 @@
 """Shared fixtures: seeds, single-threaded torch, small weights with outliers."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parent))  # what tests of all folders share: project_files.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from project_files import project_files
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_config", "folder_paths", "server", "nodes"}
@@ -43,8 +44,7 @@ APART = (("checkpoints.formats", "checkpoints.families"), ("checkpoints.families
 
 
 def sources() -> list[Path]:
-    skip = {"tests", "benchmarks", "build", "out"}
-    return [p for p in ROOT.rglob("*.py") if not (set(p.relative_to(ROOT).parts) & skip or ".venv" in str(p))]
+    return [ROOT / p for p in project_files() if p.suffix == ".py" and p.parts[0] not in ("tests", "benchmarks")]
 
 
 def module_of(path: Path) -> list[str]:

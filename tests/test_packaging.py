@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import tomllib
+import yaml
+from project_files import project_files
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -25,10 +27,9 @@ def python(code: str, cwd: Path) -> dict:
 def folders() -> set[str]:
     """Every package folder of the repository, as dotted names below the root package."""
     out = {""}
-    for init in ROOT.rglob("__init__.py"):
-        parts = init.parent.relative_to(ROOT).parts
-        if parts and parts[0] not in ("tests", "build", ".venv", "out") and not parts[0].startswith("."):
-            out.add("." + ".".join(parts))
+    for path in project_files():
+        if path.name == "__init__.py" and path.parent.parts and path.parts[0] != "tests":
+            out.add("." + ".".join(path.parent.parts))
     return out
 
 
@@ -93,6 +94,20 @@ def test_requirements_never_break_an_environment():
         assert "==" not in line and "<" not in line, line
     for line in PROJECT["project"]["dependencies"]:
         assert ">=" in line and "==" not in line and not line.startswith("nunchaku"), line
+
+
+def test_ci_also_runs_on_the_newest_of_what_moves():
+    """One job is bound to a torch, one takes what pip offers that day; both run every test, oracles among them."""
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]
+    commands = {name: [s["run"].strip() for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    (pinned,) = [word for run in commands["core"] for word in run.split() if word.startswith("torch==")]
+    assert f"pip install -q {pinned}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    upgraded = {word for run in commands["newest"] if "--upgrade " in run for word in run.split()}
+    assert {"torch", "comfy-kitchen", "diffusers", "transformers", '".[test]"'} <= upgraded
+    assert not [run for run in commands["newest"] if "==" in run or "<" in run]
+    for name in ("core", "newest"):
+        assert "pytest" in commands[name] and "pip install --no-deps lpips" in commands[name]
+    assert any(line.startswith("torchmetrics>=") for line in PROJECT["project"]["optional-dependencies"]["test"])
 
 
 @pytest.mark.parametrize("key", ["PublisherId", "DisplayName", "requires-comfyui"])

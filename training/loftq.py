@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..quant import awq, datafree, scales
 from ..quant.calib.low_rank import balanced
+from ..quant.checks import require_finite, require_range
 from ..quant.packing import pack
 from ..quant.policy import LayerPlan
 from ..quant.schemes import AWQ, SVDQUANT
@@ -76,19 +77,20 @@ def best(weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 def solve(weight: Tensor, plan: LayerPlan, rank: int, dtype: torch.dtype, iterations: int = ITERATIONS) -> Initialised:
     """LoftQ of one (N, K) ``weight`` in ``plan``'s scheme, with a LoRA of ``rank``; scales and factors in ``dtype``.
 
-    Raises ValueError for non-finite weights, no round or no rank, and for a scheme that is not this pack's.
+    Raises ValueError for weights that are not finite or leave the range of ``dtype``, no round or no rank, and for a
+    scheme that is not this pack's.
     """
     if rank < 1 or iterations < 1:
         raise ValueError(f"LoftQ needs a LoRA of rank 1 or more and at least one round, got {rank} and {iterations}")
     if plan.scheme not in _QUANTIZERS:
         raise ValueError(f"LoftQ knows {', '.join(_QUANTIZERS)}; {plan.scheme} is not among them")
     w = weight.float()
-    if not torch.isfinite(w).all():
-        raise ValueError("the weight holds NaN or infinity")
+    require_finite(w)
     quantize, own = _QUANTIZERS[plan.scheme], plan.rank if plan.scheme == SVDQUANT.id else 0
     norm = w.norm().clamp(min=1e-30)
     up, down = (t.to(dtype).float() for t in datafree.low_rank(w, own))
     first = codes = quantize(w - up @ down.t(), dtype, None)
+    require_range((first.dense, up, down), w, dtype)
     missed = w - first.dense - up @ down.t()
     more = best(missed, rank, dtype)
     plain = float(missed.norm() / norm), float((missed - more[0] @ more[1].t()).norm() / norm)

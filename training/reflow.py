@@ -119,7 +119,7 @@ def _read(where: File, making: Making, count: int) -> dict[str, Tensor] | None:
             found = {n: f.get_tensor(n) for n in ("x1", "row")}
     except (SafetensorError, OSError, AttributeError):
         return None
-    return found if len(found["x1"]) == count else None
+    return found if found["x1"].shape == (count, *making.shape) and found["row"].shape == (count,) else None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import optimizers
@@ -42,10 +42,16 @@ class State:
     @torch.no_grad()
     def load(self, optimizer, averages: list[torch.Tensor]) -> tuple[list[float], float]:
         """(losses so far, seconds spent), with parameters, averages and optimizer as they were; ([], 0.0) without a
-        file. Raises ValueError for the state of another run.
+        file. Raises ValueError for the state of another run, and for what is none.
         """
         if not self.path.is_file():
             return [], 0.0
+        try:
+            return self._load(optimizer, averages)
+        except (SafetensorError, json.JSONDecodeError, OSError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise ValueError(f"{self.path.name} is not a whole state of a run. Delete it to start anew") from e
+
+    def _load(self, optimizer, averages: list[torch.Tensor]) -> tuple[list[float], float]:
         with safe_open(self.path, framework="pt") as f:
             state, names = json.loads(f.metadata()["state"]), set(f.keys())
             shapes = [

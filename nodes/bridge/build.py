@@ -5,7 +5,8 @@ touched.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import comfy.lora
 import comfy.model_management
@@ -109,27 +110,83 @@ def with_layers(model, layers: Mapping[str, Layer], dtype: torch.dtype):
     return assemble(model, state)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a MODEL hands on to one that is made of it, without any of its weights: the new one, which can be made
+    again, must not keep the old one in memory.
+
+    ``stand_ins``: for each object patch that stands in for a layer, what makes such a one for another model's layer.
+    """
+
+    config: object
+    type: object
+    sampling: torch.nn.Module
+    options: dict
+    object_patches: dict
+    stand_ins: dict[str, Callable]
+    attachments: dict
+    devices: tuple[torch.device, torch.device]
+
+
+def kind_of(model) -> Kind:
+    patches = model.object_patches
+    stand_ins = {name: p.maker() for name, p in patches.items() if hasattr(p, "maker")}
+    return Kind(
+        config=_config(model.model.model_config),
+        type=model.model.model_type,
+        sampling=copy.deepcopy(model.object_patches_backup.get("model_sampling", model.model.model_sampling)),
+        options=comfy.utils.deepcopy_list_dict(model.model_options),
+        object_patches={name: p for name, p in patches.items() if name not in stand_ins},
+        stand_ins=stand_ins,
+        attachments=dict(model.attachments),
+        devices=(model.load_device, model.offload_device),
+    )
+
+
+def _config(old):
+    config = object.__new__(type(old))  # copy.copy stumbles over its __getattr__
+    config.__dict__.update(old.__dict__)
+    config.unet_config = dict(old.unet_config)
+    return config
+
+
 def assemble(model, state: dict[str, torch.Tensor], disable_dynamic: bool = False):
     """A ModelPatcher of ``model``'s kind around ``state`` (native names, wrapped 4-bit layers)."""
-    old = model.model
-    config = object.__new__(type(old.model_config))  # copy.copy stumbles over its __getattr__
-    config.__dict__.update(old.model_config.__dict__)
-    config.unet_config = dict(old.model_config.unet_config)
-    compute = comfy.model_management.unet_manual_cast(None, model.load_device, config.supported_inference_dtypes)
+    return made(kind_of(model), state, disable_dynamic)
+
+
+def made(kind: Kind, state: dict[str, torch.Tensor], disable_dynamic: bool = False):
+    """`assemble` for what has been taken of a model."""
+    config, (load_device, offload_device) = _config(kind.config), kind.devices
+    compute = comfy.model_management.unet_manual_cast(None, load_device, config.supported_inference_dtypes)
     config.custom_operations = operations(compute)
     config.quant_config = {"mixed_ops": True}
-    config.set_inference_dtype(old.model_config.unet_config["dtype"], compute, device=model.load_device)
+    config.set_inference_dtype(kind.config.unet_config["dtype"], compute, device=load_device)
     base = config.get_model(state, "")
     class_ = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
-    patcher = class_(base, load_device=model.load_device, offload_device=model.offload_device)
+    patcher = class_(base, load_device=load_device, offload_device=offload_device)
     base.load_model_weights(dict(state), "", assign=patcher.is_dynamic())
-    base.model_type = old.model_type
-    base.model_sampling = copy.deepcopy(model.object_patches_backup.get("model_sampling", old.model_sampling))
-    patcher.model_options = comfy.utils.deepcopy_list_dict(model.model_options)
-    patcher.object_patches = dict(model.object_patches)
-    patcher.attachments = dict(model.attachments)
-    patcher.cached_patcher_init = (assemble, (model, state))
+    base.model_type = kind.type
+    base.model_sampling = copy.deepcopy(kind.sampling)
+    patcher.model_options = comfy.utils.deepcopy_list_dict(kind.options)
+    stand_ins = {name: make(comfy.utils.get_attr(base, name)) for name, make in kind.stand_ins.items()}
+    patcher.object_patches = kind.object_patches | stand_ins
+    patcher.attachments = dict(kind.attachments)
+    patcher.cached_patcher_init = (made, (kind, _as_loaded(state, base.diffusion_model)))
     return claim(patcher)
+
+
+def _as_loaded(state: dict[str, torch.Tensor], module) -> dict[str, torch.Tensor]:
+    """``state`` in ``module``'s own memory where that loaded a copy: no second one, and none of the older model's."""
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def own(name: str, value):
+        loaded = held.get(name)
+        plain = isinstance(value, torch.Tensor) and not isinstance(value, QuantizedTensor)
+        same = plain and loaded is not None and not isinstance(loaded, QuantizedTensor)
+        return loaded.detach() if same and loaded.shape == value.shape else value
+
+    return {name: own(name, value) for name, value in state.items()}
 
 
 COMPILED = "torch.compile"  # ComfyUI's key of the wrapper that TorchCompileModel adds

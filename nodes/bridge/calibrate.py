@@ -23,7 +23,7 @@ from ...quant.calib.presets import preset as preset_row
 from ...quant.policy import LayerPlan, plan, retarget
 from ...quant.schemes import KEEP
 from ...reading.names import encodable
-from . import selfcheck
+from . import selfcheck, train_model
 from .build import weight_of, with_layers
 
 FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
@@ -92,6 +92,7 @@ def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: 
     out = with_layers(model, layers, dtype)
     out.attachments["nibble_record"] = _record(settings, inputs, layers, family)
     store.clear()
+    tell(node_id, report.summary(layers, row.id))
     return out, layers, report.table(layers, row.id), report.chart(layers, f"{family}: relative output error by layer")
 
 
@@ -143,16 +144,18 @@ def _other_bytes(model, plans: dict[str, LayerPlan]) -> int:
 
 
 def _sample(model, inputs: Inputs, settings: Settings, node_id: str | None) -> None:
+    """Draws all prompts. No kernel that takes more than a linear is used: hooks must see what each layer is fed."""
     scheduler = "simple" if model.model.model_type in FLOW else "normal"
     for i, (positive, negative) in enumerate(inputs.pairs):
         tell(node_id, f"watching prompt {i + 1} of {len(inputs.pairs)}")
         latent = comfy.sample.fix_empty_latent_channels(model, inputs.latent)
         seed = settings.seed + i
         noise = comfy.sample.prepare_noise(latent, seed)
-        comfy.sample.sample(
-            model, noise, settings.levels, settings.cfg, "euler", scheduler, positive, negative, latent,
-            disable_pbar=True, seed=seed,
-        )  # fmt: skip
+        with train_model.unfused():
+            comfy.sample.sample(
+                model, noise, settings.levels, settings.cfg, "euler", scheduler, positive, negative, latent,
+                disable_pbar=True, seed=seed,
+            )  # fmt: skip
 
 
 def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, LayerPlan]) -> str:
@@ -161,7 +164,7 @@ def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, Layer
     for i, pair in enumerate(inputs.pairs):
         for side, cond in zip(("positive", "negative"), pair, strict=True):
             conds |= {f"{i}.{side}.{j}": entry[0] for j, entry in enumerate(cond)}
-    return resume.signature(
+    return resume.run_signature(
         weights=resume.fingerprint(weights), conds=resume.fingerprint(conds), settings=vars(settings),
         latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank, p.act_unsigned] for n, p in plans.items()},
         method=engine.METHOD,
@@ -174,6 +177,7 @@ def _record(settings: Settings, inputs: Inputs, layers: dict[str, Layer], family
     calibration = {
         "method": settings.preset, "seed": settings.seed, "prompts": len(inputs.pairs), "levels": settings.levels,
         "cfg": settings.cfg, "kept_calibrated": t["calibrated"], "unsigned": t["unsigned"], "error": t["error"],
+        "unreached": len(report.unreached(layers, settings.preset)),
     }  # fmt: skip
     schemes = sorted({x.plan.scheme for x in layers.values()} - {KEEP})
     return record(

@@ -15,6 +15,7 @@ import torch
 from ...checkpoints.formats.stored import StoredLayer
 from ...checkpoints.save import RECORD, record, require_free, save
 from ...quant import kernels, svdquant
+from ...quant.checks import naming
 from ...quant.schemes import KEEP, SVDQUANT
 from ...training import loftq as initial
 from ...training import paths
@@ -68,7 +69,8 @@ def loftq(model, settings: Start, out: Path, node_id: str | None = None):
     for name, plan in plans.items():
         mm.throw_exception_if_processing_interrupted()
         weight = weight_of(model, f"{name}.weight").to(device)
-        done[name] = initial.solve(weight, plan, settings.rank, dtype, settings.rounds)
+        with naming(name):
+            done[name] = initial.solve(weight, plan, settings.rank, dtype, settings.rounds)
         biases[name] = _bias(model, name, done[name].weight)
         tell(node_id, f"{len(done)} of {len(plans)}: {name}, error {done[name].error:.4f}")
         bar.update_absolute(len(done), len(plans))

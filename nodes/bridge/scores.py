@@ -10,7 +10,7 @@ import comfy.utils
 import torch
 from server import PromptServer
 
-from ...metrics import features, optional
+from ...metrics import features, optional, pairing
 from ...metrics.table import Scores, mean
 from ...reading import textfile
 from .. import files
@@ -28,7 +28,9 @@ NOTHING = (
 
 @dataclass(frozen=True)
 class Given:
-    """The node's inputs. ``images``, ``references``: IMAGE or None; the folders: choices or 'none'."""
+    """The node's inputs. ``images``, ``references``: IMAGE or None; the folders: choices or 'none'; ``clip_i``: one
+    of `pairing.FORMS`.
+    """
 
     images: torch.Tensor | None
     folder: str
@@ -39,6 +41,7 @@ class Given:
     vision: object
     image_reward: bool
     node_id: str = ""
+    clip_i: str = pairing.AUTO
 
 
 def run(given: Given) -> tuple[str, str, str]:
@@ -70,7 +73,10 @@ def score(given: Given) -> Scores:
         encoders.same_space(given.vision, text)
         each["CLIP-T"] = features.paired_cosine(seen, text).tolist()
     if wanted is not None and seen is not None:
-        _against(seen, wanted, each, overall, notes)
+        likeness, said = pairing.clip_i(seen, wanted, (subject.names, against.names), given.clip_i)
+        each["CLIP-I"] = likeness.tolist()
+        notes.append(said)
+        _distances(seen, wanted, overall, notes)
     if given.image_reward:
         _reward(prompts, subject, each, notes)
     if not each and not overall:
@@ -106,13 +112,8 @@ def _features(source: Pictures, vision, progress: _Progress) -> torch.Tensor | N
     return torch.cat(out)
 
 
-def _against(seen: torch.Tensor, wanted: torch.Tensor, each: dict, overall: dict, notes: list[str]) -> None:
-    """CLIP-I of each picture (its mean over all references), and the distances of the two sets."""
-    pairs = features.unit(seen) @ features.unit(wanted).t() if seen.shape[1] == wanted.shape[1] else None
-    if pairs is None:
-        features.mean_cosine(seen, wanted)  # raises, in words
-    each["CLIP-I"] = pairs.mean(1).tolist()
-    overall["CLIP-I"] = features.mean_cosine(seen, wanted)
+def _distances(seen: torch.Tensor, wanted: torch.Tensor, overall: dict, notes: list[str]) -> None:
+    """Of the two sets."""
     n, width = min(len(seen), len(wanted)), seen.shape[1]
     if n < 2:
         notes.append("Frechet distance and KID need two pictures or more on each side.")

@@ -6,7 +6,7 @@ loaded, and the original back when another clone is. The originals stay in main 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import comfy.lora
@@ -36,6 +36,11 @@ class StandIn(torch.nn.Module):
 
     def forward(self, x, *args, **kwargs):
         return self.run(x)
+
+    def maker(self) -> Callable[[torch.nn.Module], StandIn]:
+        """Makes the same stand-in for another model's layer; holds nothing of this one's."""
+        run = self.run
+        return lambda layer: StandIn(layer, run)
 
     def __getattr__(self, name: str):
         if name in StandIn.OF_ORIGINAL:
@@ -68,6 +73,9 @@ class NoAttention(StandIn):
         for name in ("to_q", "to_k", "to_v"):
             setattr(self, name, StandIn(getattr(original, name), torch.nn.Identity()))
         self.to_out = torch.nn.Sequential(StandIn(original.to_out[0], Nothing()))
+
+    def maker(self) -> Callable[[torch.nn.Module], StandIn]:
+        return NoAttention
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,25 @@ def resident(model):
 
 
 @contextmanager
-def learning(model) -> Iterator[None]:
-    """Inside it ``model``, loaded, can be trained: inference mode is left, and ComfyUI leaves out kernels that have no
-    gradient. Afterwards all is as it was.
+def unfused() -> Iterator[None]:
+    """Inside it ComfyUI leaves out kernels that have no gradient, and with them those that take an activation and a
+    linear in one (``comfy.ops.linear_input_act``), which no hook of the linear sees. The numbers stay the same.
     """
     mm = comfy.model_management
     before, mm.in_training = mm.in_training, True
     try:
-        with ordinary(model.model):
-            yield
+        yield
     finally:
         mm.in_training = before
+
+
+@contextmanager
+def learning(model) -> Iterator[None]:
+    """Inside it ``model``, loaded, can be trained: inference mode is left, and ComfyUI leaves out kernels that have no
+    gradient. Afterwards all is as it was.
+    """
+    with unfused(), ordinary(model.model):
+        yield
 
 
 @contextmanager

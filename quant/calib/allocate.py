@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import core_formats
+from ..checks import narrowed
 from ..policy import LayerPlan
 from ..schemes import KEEP, SVDQUANT, scheme
 from .presets import PRESETS, Preset
-from .solve import Sample, Solved, solve, solve_best
+from .solve import HELD_BACK, Sample, Solved, solve, solve_best
 
 RANKS = (16, 32, 64, 128)
 FILE_OVERHEAD, LAYER_OVERHEAD, TENSOR_OVERHEAD = 8192, 1536, 256  # header and marks of a file: more than they take
@@ -36,9 +37,11 @@ class Option:
 
 
 def measure(weight: torch.Tensor, sample: Sample | None, plan: LayerPlan, preset: Preset, seed: int) -> list[Option]:
-    """The options of one layer, measured quickly: few tokens, few rows, one refit. AWQ layers have no cheaper way."""
+    """The options of one layer, measured quickly: few tokens, few rows, one refit. AWQ layers have no cheaper way, and
+    those that too few tokens reached have nothing to measure with.
+    """
     n, k = weight.shape
-    if plan.scheme != SVDQUANT.id or sample is None:
+    if plan.scheme != SVDQUANT.id or sample is None or len(sample.tokens) < HELD_BACK:
         return [Option(plan, stored_bytes(plan, (n, k)), 0.0)]
     g = torch.Generator().manual_seed(seed)
     some = torch.randperm(n, generator=g)[:QUICK_ROWS].to(weight.device)
@@ -130,7 +133,7 @@ def promoted(
         eight = solve(weight, bias, sample, LayerPlan(EIGHT_BIT, why), PRESETS["data_free"], dtype)
         if eight.error <= over:
             return LayerPlan(EIGHT_BIT, why), eight
-    return LayerPlan(KEEP, why), Solved(weight.to(dtype), bias, 0.0, solved.data_free, False)
+    return LayerPlan(KEEP, why), Solved(narrowed(weight, dtype), bias, 0.0, solved.data_free, False)
 
 
 def file_overhead(layers: int, tensors: int) -> int:

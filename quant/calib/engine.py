@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..modules import require_float
+from ..checks import naming, narrowed, require_finite, require_float
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
@@ -153,7 +153,8 @@ def _fitted(collection: Collection, job: Job, check: Callable[[], None]) -> dict
     for name, sample in collection.walk():
         check()
         weight, _ = _float_weight(name, job)
-        options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
+        with naming(name):
+            options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
     return allocate.fit(options, job.fit)
 
 
@@ -165,8 +166,8 @@ def _float_weight(name: str, job: Job) -> tuple[Tensor, Tensor | None]:
     except ValueError as e:
         raise ValueError(f"layer {name}: {e}. Quantize the 16-bit original instead") from e
     weight = weight.to(job.device).float()
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"layer {name}: the weight holds NaN or infinity")
+    with naming(name):
+        require_finite(weight)
     return weight, bias
 
 
@@ -174,12 +175,13 @@ def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer
     start = time.perf_counter()
     weight, bias = _float_weight(name, job)
     bias = None if bias is None else bias.to(job.device)
-    if plan.scheme == KEEP:
-        solved = Solved(weight.to(job.dtype), bias, 0.0, float("nan"), False)
-    else:
-        plan, solved = solve_best(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
-    if sample is not None and job.promote is not None:
-        plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
+    with naming(name):
+        if plan.scheme == KEEP:
+            solved = Solved(narrowed(weight, job.dtype), bias, 0.0, float("nan"), False)
+        else:
+            plan, solved = solve_best(weight, bias, sample, plan, job.preset, job.dtype, job.seed)
+        if sample is not None and job.promote is not None:
+            plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
     tokens = 0 if sample is None else len(sample.tokens)
     return Layer(name, plan, tuple(weight.shape), solved, tokens, time.perf_counter() - start)
 

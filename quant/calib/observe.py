@@ -47,7 +47,7 @@ class Observer:
             for name in self.widths:
                 if name not in self._done:
                     layer = module.get_submodule(name)
-                    handles.append(layer.register_forward_pre_hook(self._hook(name)))
+                    handles.append(layer.register_forward_pre_hook(self._hook(name), with_kwargs=True))
             yield
         finally:
             for handle in handles:
@@ -60,10 +60,10 @@ class Observer:
         return {n for n, lead in self.leader.items() if lead not in self.reservoirs}
 
     def _hook(self, name: str):
-        def see(_module, args):
+        def see(_module, args, kwargs):
             self.on_forward()
-            x = args[0]
-            if self._follows(name, x) or x.shape[-1] != self.widths[name]:
+            x = args[0] if args else kwargs.get("input")
+            if x is None or self._follows(name, x) or x.shape[-1] != self.widths[name]:
                 return
             if self._room_for(name):
                 self.reservoirs[name].add(x)

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..schemes import KEEP
+from ..schemes import AWQ, KEEP, SVDQUANT
 from .allocate import stored_bytes
 from .engine import Layer
+from .presets import PRESETS
+from .solve import HELD_BACK
 
 WIDTH, HEIGHT, PAD, LABEL = 1024, 420, 16, 64
 INK, FAINT, PAPER = (32, 33, 36), (154, 160, 166), (255, 255, 255)
@@ -24,6 +26,16 @@ def outcome(layer: Layer) -> str:
     if layer.plan.reason.startswith("promoted"):
         return "promoted"
     return "calibrated" if layer.solved.calibrated else "data-free"
+
+
+def unreached(layers: Mapping[str, Layer], preset: str) -> list[str]:
+    """The layers that no forward pass reached, though ``preset`` asks what each is fed."""
+    return [n for n, x in layers.items() if not x.tokens] if PRESETS[preset].needs_data else []
+
+
+def _too_few(layers: Mapping[str, Layer]) -> list[str]:
+    ours = (SVDQUANT.id, AWQ.id)  # the others are not calibrated
+    return [n for n, x in layers.items() if 0 < x.tokens < HELD_BACK and x.plan.scheme in ours]
 
 
 def totals(layers: Mapping[str, Layer]) -> dict:
@@ -50,20 +62,26 @@ def _mean(values: list[float]) -> float:
 
 
 def summary(layers: Mapping[str, Layer], preset: str) -> str:
-    """Two sentences: what it cost and what it gave."""
+    """What it cost, what it gave, and by name every layer that it knows nothing about: some sentences."""
     t = totals(layers)
     if not t["layers"]:
         return "Nothing was quantized."
     size = f"{t['bytes'] / 2**20:.1f} MiB, {t['bytes'] / t['bytes_16bit']:.2f}x of 16 bits"
     text = f"{t['layers']} layers by preset {preset} in {t['seconds']:.0f} s: {size}."
+    blind, few = unreached(layers, preset), _too_few(layers)
     if t["calibrated"]:
+        kept = t["data-free"] - sum(outcome(layers[n]) == "data-free" for n in (*blind, *few))
         text += (
-            f" {t['calibrated']} are calibrated, {t['data-free']} kept the data-free weight because it was no worse on "
+            f" {t['calibrated']} are calibrated, {kept} kept the data-free weight because it was no worse on "
             f"held-back tokens, {t['promoted']} were promoted. Relative output error {t['error']:.4f}"
             f" (data-free {t['data_free_error']:.4f})."
         )
     if t["unsigned"]:
         text += f" {t['unsigned']} have unsigned activations, since their input ends just below zero."
+    if blind:
+        text += f" {len(blind)} were never run, so nothing is known of their input: {', '.join(blind)}."
+    if few:
+        text += f" {len(few)} were fed fewer than {HELD_BACK} tokens, too few to calibrate: {', '.join(few)}."
     return text
 
 
@@ -71,11 +89,13 @@ def table(layers: Mapping[str, Layer], preset: str) -> str:
     """Markdown: the summary, then a row per layer, worst error first."""
     lines = [summary(layers, preset), "", "| layer | stored as | rank | error | data-free | kept | KiB | activations |"]
     lines.append("|---|---|---|---|---|---|---|---|")
+    blind = set(unreached(layers, preset))
     for x in sorted(layers.values(), key=lambda x: -_size(x.solved.error)):
         stored = "16 bits" if x.plan.scheme == KEEP else x.plan.scheme
         kib = stored_bytes(x.plan, x.shape) / 1024
         error, free = _number(x.solved.error), _number(x.solved.data_free)
-        row = f"| {x.name} | {stored} | {x.plan.rank or '-'} | {error} | {free} | {outcome(x)} | {kib:.1f} |"
+        kept = "no data" if x.name in blind else outcome(x)
+        row = f"| {x.name} | {stored} | {x.plan.rank or '-'} | {error} | {free} | {kept} | {kib:.1f} |"
         lines.append(f"{row} {'unsigned' if x.plan.act_unsigned else '-'} |")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from .. import awq, core_formats, datafree, scales, svdquant
+from ..checks import relative_error
 from ..packing import pack
 from ..policy import LayerPlan
 from ..schemes import AWQ, SVDQUANT
@@ -112,14 +113,12 @@ def solve_best(
 
 
 def output_error(x: Tensor, w: Tensor, weight: SVDQuantWeight | awq.AWQWeight) -> float:
-    """||x w^T - 4-bit(x)||^2 / ||y - mean y||^2 over tokens ``x`` (T, K); biases cancel."""
-    y = x @ w.t()
+    """`checks.relative_error` of the 4-bit layer over tokens ``x`` (T, K)."""
     if isinstance(weight, awq.AWQWeight):
         got = awq.linear(x, weight)
     else:
         got = svdquant.linear(x, weight, svdquant.stored_bias(weight, None))
-    spread = (y - y.mean(0)).square().sum() if len(y) > 1 else y.square().sum()
-    return float((got - y).square().sum() / spread.clamp(min=1e-30))
+    return relative_error(got, x @ w.t())
 
 
 def solve(

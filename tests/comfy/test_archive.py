@@ -10,6 +10,7 @@ from comfyui_nibble.demo import recognise
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import PACK, ROOT, start
+from project_files import project_files
 
 pathspec = pytest.importorskip("pathspec", reason="pathspec is in the test extra")
 MAX_BYTES = 60 * 2**20
@@ -17,12 +18,11 @@ MAX_BYTES = 60 * 2**20
 
 def shipped(root: Path) -> list[Path]:
     """Every file of the archive, relative to ``root``."""
-    lines = [".git/"]
+    lines = []
     for name in (".gitignore", ".comfyignore"):
         lines += (root / name).read_text(encoding="utf-8").splitlines()
     ignored = pathspec.PathSpec.from_lines("gitignore", lines)
-    return [Path(p) for p in sorted(set(pathspec.PathSpec.from_lines("gitignore", ["*"]).match_tree_files(root)))
-            if not ignored.match_file(p)]  # fmt: skip
+    return [p for p in project_files(root) if not ignored.match_file(p.as_posix())]
 
 
 @pytest.fixture(scope="module")

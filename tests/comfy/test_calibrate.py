@@ -74,6 +74,17 @@ def test_samples_like_the_float_model_and_reports(family, server, float_model):
     assert (f"{unsigned} have unsigned activations" in text) is (unsigned > 0)
 
 
+def test_what_it_keeps_and_what_it_sees(inside):
+    """Nothing of the model that went in stays in memory, also of LoftQ's, Refine's and a slimmed one, and ComfyUI can
+    make the new model again; layers behind ComfyUI's fused calls (Wan's int8 feed-forwards) are seen.
+    """
+    found = inside("calibrate_keeps")
+    assert found["alive"] == {"calibrate": [], "loftq": [], "refine": [], "slim, then calibrate": []}
+    assert all(found["again"].values())
+    assert found["seen"]["calibrating"] == found["layers"] and len(found["layers"]) == 4
+    assert found["seen"]["plainly"] != found["layers"] and found["left"] is False
+
+
 def errors(table: str) -> list[tuple[float, float]]:
     """(error, data-free error) of every measured layer in a report, on tokens that its calibration did not see. (A
     modulation of FLUX.1 sees too few to keep some back.)

@@ -106,11 +106,27 @@ def test_feature_folders_are_compared(server, sets):
     overall = rows[-1]
     assert float(overall["Frechet distance"]) == pytest.approx(features.frechet(*sets), rel=1e-6)
     assert float(overall["KID"]) == pytest.approx(features.kernel_distance(*sets)[0], rel=1e-6)
-    assert float(overall["CLIP-I"]) == pytest.approx(features.mean_cosine(*sets), abs=1e-6)
+    assert float(overall["CLIP-I"]) == pytest.approx(float(features.paired_cosine(*sets).mean()), abs=1e-6)
     each = [float(r["CLIP-I"]) for r in rows[:-1]]
-    assert np.mean(each) == pytest.approx(float(overall["CLIP-I"]), abs=1e-6)
+    assert each == pytest.approx(features.paired_cosine(*sets).tolist(), abs=1e-6)
+    assert "CLIP-I is paired: every picture with its reference" in result.text("s")
     saved = result.text("s").rsplit("Saved as ", 1)[1].rstrip(".")
     assert (server.base / "output" / saved).read_text() == result.text("csv")
+
+
+def test_clip_i_over_all_pairs(server, sets):
+    """When it is asked for, and when 40 pictures are no multiple of the references; it is said."""
+    folders = dict(folder="output/nibble_sets/made", reference_folder="output/nibble_sets/wanted")
+    result = server.done(scored(**folders, clip_i="all pairs"))
+    overall = list(csv.DictReader(io.StringIO(result.text("csv"))))[-1]
+    assert float(overall["CLIP-I"]) == pytest.approx(features.mean_cosine(*sets), abs=1e-6)
+    assert "CLIP-I is the mean over all pairs of a picture and a reference." in result.text("s")
+    half = server.base / "output" / "nibble_sets" / "few"
+    half.mkdir(exist_ok=True)
+    save_file({"features": sets[1][:3].contiguous()}, half / "1.safetensors")
+    few = folders | {"reference_folder": "output/nibble_sets/few"}
+    assert "40 pictures are no multiple of 3 references" in server.done(scored(**few)).text("s")
+    assert "40 pictures and 3 references cannot be paired" in server.run(scored(**few, clip_i="paired")).error
 
 
 def test_folders_of_strangers_are_refused(server, sets):
@@ -164,7 +180,8 @@ def test_scores_through_comfyui_are_those_of_transformers(inside, tmp_path):
     assert found["clip_t"] == pytest.approx(found["oracle_t"], abs=1e-3)
     assert found["one_prompt"] == pytest.approx(found["oracle_one"], abs=1e-3)
     assert found["clip_i"] == pytest.approx(found["oracle_i"], abs=1e-4)
-    assert "biased upwards" in found["notes"][0]
+    assert found["clip_i_each"] == pytest.approx(found["oracle_paired"], abs=1e-4)
+    assert "CLIP-I is paired" in found["notes"][0] and "biased upwards" in found["notes"][1]
     for encoder, why in (("identity", "is the identity"), ("zeros", "is empty"), ("garbage", "is empty"),
                          ("nan", "is not finite"), ("no_projection", "visual projection"),
                          ("other_width", "64 numbers and the picture features 48")):  # fmt: skip

@@ -1,6 +1,7 @@
 """The commands as a person types them, on the shipped model; every mistake is one sentence and exit status 1."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
-from comfyui_nibble.headless.cli import main
+from comfyui_nibble.headless import calibrate, pipeline
+from comfyui_nibble.headless.cli import main, parser
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -28,6 +30,41 @@ def test_generate_from_a_quantized_file(quantized, tmp_path, capsys):
     assert main([*args, "--out", str(tmp_path)]) == 0
     path = capsys.readouterr().out.split()[-1]
     assert np.asarray(Image.open(path)).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize("extra, cfg", [([], 3.0), (["--lcm"], 1.0), (["--cfg", "2.5"], 2.5), (["--lcm", "--cfg", "2"],
+                         2.0), (["--cfg", "0"], 0.0)])  # fmt: skip
+def test_generate_draws_at_its_guidance(extra, cfg, tmp_path, monkeypatch):
+    """3 unless a person says otherwise, 1 for few steps: what the sampler is really handed."""
+    seen = []
+
+    def sample(pipe, prompts, steps, scale, seed, **_):
+        seen.append((steps, scale, pipe.unet is not None))
+        return [np.zeros((8, 8, 3), np.float32) for _ in prompts]
+
+    monkeypatch.setattr(pipeline, "sample", sample)
+    args = ["generate", "fox face", "--precision", "16-bit", "--out", str(tmp_path), *extra]
+    assert main(args) == 0
+    assert seen == [(8 if "--lcm" in extra else 25, cfg, True)]
+
+
+@pytest.mark.parametrize("command", ["quantize x --out y", "distill --out y", "refine --out y", "profile"])
+def test_the_guidance_of_every_command_is_the_same(command):
+    assert parser().parse_args(command.split()).cfg == calibrate.Inputs(()).cfg == 3.0
+
+
+def test_help_says_the_defaults_that_are():
+    """Every "(default 4)" of every command, numbers and words."""
+    (commands,) = [a for a in parser()._actions if isinstance(a.choices, dict)]
+    said = 0
+    for name, sub in commands.choices.items():
+        for option in sub._actions:
+            found = re.search(r"\(default (\S+?)\)", option.help or "")
+            if found and option.default is not None:
+                value = option.default
+                assert found[1] == (f"{value:g}" if isinstance(value, float) else str(value)), f"{name} {option.dest}"
+                said += 1
+    assert said > 20
 
 
 def test_a_domain_and_a_lora(tmp_path, capsys):

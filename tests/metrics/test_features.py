@@ -1,12 +1,14 @@
 """Feature measures against closed forms and torchmetrics (a test oracle only)."""
 
+import importlib.machinery
+import importlib.util
 import math
 import sys
 
 import numpy as np
 import pytest
 import torch
-from comfyui_nibble.metrics import features, optional
+from comfyui_nibble.metrics import features, optional, pairing
 from comfyui_nibble.metrics.table import Scores
 
 
@@ -37,6 +39,56 @@ def test_cosine_against_torchmetrics(sets):
     assert torch.allclose(features.paired_cosine(*sets).float(), pairwise.diagonal(), atol=1e-4)
 
 
+def made_of(n: int, k: int, noise: float = 0.9, d: int = 64):
+    """(N K, d) features of K pictures of each of N references, and (N, d) of those."""
+    g = torch.Generator().manual_seed(0)
+    wanted = torch.nn.functional.normalize(torch.randn(n, d, generator=g), dim=1)
+    return wanted.repeat_interleave(k, 0) + noise * torch.randn(n * k, d, generator=g) / d**0.5, wanted
+
+
+def numbered(count: int) -> list[str]:
+    return [f"picture {i + 1}" for i in range(count)]
+
+
+@pytest.mark.parametrize("n, k", [(50, 4), (7, 1), (1, 5), (3, 2)])
+def test_clip_i_is_paired(n, k):
+    """mean over n, k of cos(gen_nk, ref_n), written out; over all pairs it was .015 instead of .743 for 50 x 4."""
+    seen, wanted = made_of(n, k)
+    cosine = lambda a, b: float(a @ b / (a.norm() * b.norm()))  # noqa: E731
+    by_hand = [cosine(seen[i * k + j], wanted[i]) for i in range(n) for j in range(k)]
+    got, said = pairing.clip_i(seen, wanted, (numbered(n * k), numbered(n)))
+    assert got.tolist() == pytest.approx(by_hand, abs=1e-6) and "CLIP-I is paired" in said
+    assert float(got.mean()) > 0.6
+    every, said = pairing.clip_i(seen, wanted, (numbered(n * k), numbered(n)), pairing.ALL)
+    assert float(every.mean()) == pytest.approx(features.mean_cosine(seen, wanted)) and "all pairs" in said
+    assert n == 1 or float(every.mean()) < 0.6
+
+
+def test_clip_i_pairs_by_name_and_numbers_in_it():
+    """Folders list 10 before 2; a row of the answer stays with its picture."""
+    seen, wanted = made_of(12, 2)
+    expected = pairing.clip_i(seen, wanted, (numbered(24), numbered(12)))[0]
+    order, other = (torch.tensor(sorted(range(n), key=str)) for n in (24, 12))
+    names = [f"{i}.png" for i in order.tolist()], [f"{i}.png" for i in other.tolist()]
+    assert names[0][:3] == ["0.png", "1.png", "10.png"]
+    got = pairing.clip_i(seen[order], wanted[other], names)[0]
+    assert torch.allclose(got, expected[order])
+
+
+def test_clip_i_of_counts_that_do_not_fit():
+    seen, wanted = made_of(5, 1)
+    names = numbered(5), numbered(3)
+    got, said = pairing.clip_i(seen, wanted[:3], names)
+    assert float(got.mean()) == pytest.approx(features.mean_cosine(seen, wanted[:3]))
+    assert said.endswith("all pairs of a picture and a reference: 5 pictures are no multiple of 3 references.")
+    with pytest.raises(ValueError, match="5 pictures and 3 references cannot be paired"):
+        pairing.clip_i(seen, wanted[:3], names, pairing.PAIRED)
+    with pytest.raises(ValueError, match="'each' is none of them"):
+        pairing.clip_i(seen, wanted[:3], names, "each")
+    with pytest.raises(ValueError, match="64 and 32 numbers"):
+        pairing.clip_i(seen, wanted[:3, :32], names)
+
+
 @pytest.mark.parametrize("m, s", [(0.0, 1.0), (2.0, 1.0), (0.0, 3.0), (-1.5, 0.25)])
 def test_frechet_of_two_gaussians(m, s):
     """N(0, 1) and N(m, s^2): m^2 + (1 - s)^2, in each of three dimensions."""
@@ -52,6 +104,28 @@ def test_frechet_of_correlated_gaussians():
     roots = torch.linalg.eigvals(a @ b).real.sqrt().sum()
     expected = float(a.trace() + b.trace() - 2 * roots)
     assert features.frechet_gaussians(torch.zeros(2), a, torch.zeros(2), b) == pytest.approx(expected, abs=1e-9)
+
+
+def test_frechet_of_few_points_by_hand():
+    """0, 2 and 0, 4: means 1, 2 and unbiased variances 2, 8 (biased: 1, 4): 1 + 2 + 8 - 2 sqrt 16."""
+    assert features.frechet(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [4.0]])) == pytest.approx(3)
+
+
+def test_frechet_is_torchmetrics_fid(sets):
+    """From the pictures on: the oracle makes means and covariances by itself, of features that are the pixels."""
+    fid = oracle("torchmetrics.image.fid").FrechetInceptionDistance
+
+    class Pixels(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return x.flatten(1).double()
+
+    few = [s[:20].double() for s in sets]
+    metric = fid(feature=Pixels(), input_img_size=(3, 2, 2)).set_dtype(torch.float64)
+    metric.update(few[0].view(-1, 3, 2, 2), real=True)
+    metric.update(few[1].view(-1, 3, 2, 2), real=False)
+    assert features.frechet(*few) == pytest.approx(float(metric.compute()), rel=1e-6)
 
 
 def test_frechet_against_torchmetrics(sets):
@@ -117,12 +191,119 @@ def test_scores_as_table_and_csv():
 # ---- libraries of others ----
 
 
-def test_lpips_says_which_part_is_missing(monkeypatch, tmp_path):
+CHANNELS = (64, 192, 384, 256, 256)
+
+
+def backbone() -> torch.nn.Sequential:
+    """The features of AlexNet as torchvision numbers them, with weights of its own making."""
+    nn = torch.nn
+    g = torch.Generator().manual_seed(0)
+    made = nn.Sequential(
+        nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(),
+        nn.MaxPool2d(3, 2), nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(), nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2),
+    )  # fmt: skip
+    for p in made.parameters():
+        p.data = torch.randn(p.shape, generator=g) / max(1, p[0].numel()) ** 0.5 * 1.5
+    return made.requires_grad_(False)
+
+
+def lpips_by_hand(pair, lins: list[torch.Tensor]) -> float:
+    """Zhang 2018, eq. 1: channels of each layer to length 1, squared difference, weighed, mean over the picture."""
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+    total, net = 0.0, backbone()
+    x = torch.stack([torch.from_numpy(p).permute(2, 0, 1).float() * 2 - 1 for p in pair])  # [-1, 1]
+    x = (x - shift.view(3, 1, 1)) / scale.view(3, 1, 1)
+    layer = 0
+    for i, module in enumerate(net[:12]):
+        x = module(x)
+        if i in (1, 4, 7, 9, 11):
+            a, b = (v / (v.square().sum(0, keepdim=True).sqrt() + 1e-10) for v in x)
+            total += float(((a - b).square() * lins[layer].view(-1, 1, 1)).sum(0).mean())
+            layer += 1
+    return total
+
+
+@pytest.fixture
+def torchvision(monkeypatch, tmp_path):
+    """A stand-in that has AlexNet and nothing else, and its file in torch's cache. The real one must belong to the very
+    torch beside it: PyPI's, beside a torch for CPUs, breaks transformers and diffusers.
+    """
+    import importlib.machinery
+    import types
+
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("torchvision", "lpips")]:
+        monkeypatch.delitem(sys.modules, name)
+    package, models = types.ModuleType("torchvision"), types.ModuleType("torchvision.models")
+    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+    models.alexnet = lambda pretrained=False: types.SimpleNamespace(features=backbone())
+    package.models = models
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    picture = np.zeros((32, 32, 3))
-    installed = all(__import__("importlib").util.find_spec(n) for n in ("lpips", "torchvision"))
-    expected = optional.ALEXNET if installed else "pip install"
-    with pytest.raises(optional.Missing, match=expected):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / optional.ALEXNET).write_bytes(b"")
+    yield package
+    for name in [n for n in sys.modules if n.partition(".")[0] == "lpips"]:
+        sys.modules.pop(name)
+
+
+def drawn(n: int = 2) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.random((64, 64, 3)) for _ in range(n)]
+
+
+def test_lpips_is_its_formula(torchvision):
+    """The lpips package with the weights that it ships, on a random backbone: 0 for equal pictures, else eq. 1."""
+    if importlib.util.find_spec("lpips") is None:
+        pytest.skip("the lpips package is not installed (pip install --no-deps lpips)")
+    library = importlib.import_module("lpips")
+    a, b = drawn()
+    close = np.clip(a + 0.02, 0, 1)
+    found = optional.lpips([(a, a), (a, b), (a, close)])
+    lins = [lin.model[1].weight.detach().flatten() for lin in library.LPIPS(net="alex", verbose=False).lins]
+    assert [len(v) for v in lins] == list(CHANNELS)
+    assert found[0] == pytest.approx(0, abs=1e-7)
+    assert found[1:] == pytest.approx([lpips_by_hand((a, other), lins) for other in (b, close)], rel=1e-4)
+    assert found[1] > 3 * found[2] > 0
+
+
+def test_lpips_is_handed_pictures_from_minus_one_to_one(torchvision, monkeypatch):
+    """As the package documents it; its own normalize flag stays off."""
+    import types
+
+    seen = []
+
+    class LPIPS(torch.nn.Module):
+        def __init__(self, net, verbose):
+            super().__init__()
+            assert net == "alex"
+
+        def forward(self, one, other):
+            seen.append((one, other))
+            return torch.tensor(0.5)
+
+    library = types.ModuleType("lpips")
+    library.__spec__, library.LPIPS = importlib.machinery.ModuleSpec("lpips", None), LPIPS
+    monkeypatch.setitem(sys.modules, "lpips", library)
+    a, b = np.zeros((8, 6, 3)), np.ones((8, 6, 3))
+    b[0, 1] = (0.25, 0.5, 0.75)
+    assert optional.lpips([(a, b)]) == [0.5]
+    ((one, other),) = seen
+    assert one.shape == (1, 3, 8, 6) and (one == -1).all() and other[0, 0, 5, 5] == 1
+    assert other[0, :, 0, 1].tolist() == [-0.5, 0.0, 0.5]
+
+
+def test_lpips_says_which_part_is_missing(monkeypatch, tmp_path):
+    """The package, torchvision, its file: the first that is not there."""
+    picture, there = np.zeros((32, 32, 3)), set()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(optional.importlib.util, "find_spec", lambda name: name if name in there else None)
+    for name in ("lpips", "torchvision"):
+        with pytest.raises(optional.Missing, match=rf"package {name} is not installed \(pip install {name}\)"):
+            optional.lpips([(picture, picture)])
+        there.add(name)
+    with pytest.raises(optional.Missing, match=rf"{optional.ALEXNET} is not in torch's cache"):
         optional.lpips([(picture, picture)])
 
 
@@ -140,19 +321,6 @@ def test_a_library_that_does_not_load_is_left_out(monkeypatch, tmp_path):
         optional.Missing, match=r"lpips does not load here \(operator torchvision::nms does not exist\)"
     ):
         optional.lpips([(picture, picture)])
-
-
-def test_lpips_with_its_library_and_weights(monkeypatch, tmp_path):
-    """AlexNet with random weights stands in for the 233 MB download: the number means nothing, the path does."""
-    pytest.importorskip("lpips", reason="the lpips package is not installed")
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    (tmp_path / "checkpoints").mkdir()
-    torch.save(models.alexnet(weights=None).state_dict(), tmp_path / "checkpoints" / optional.ALEXNET)
-    rng = np.random.default_rng(0)
-    a, b = rng.random((64, 64, 3)), rng.random((64, 64, 3))
-    same, other = optional.lpips([(a, a), (a, b)])
-    assert same == pytest.approx(0, abs=1e-6) and other > 0
 
 
 def test_image_reward_says_which_part_is_missing(monkeypatch, tmp_path):

@@ -49,6 +49,24 @@ def test_ssim_by_hand():
     assert images.ssim(*flat) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-12)
 
 
+@pytest.mark.parametrize("deep", [(0.2, 0.2), (0.25, 0.1), (0.02, 0.03), (0.05, -0.04)])
+def test_ssim_of_stripes_by_hand(deep):
+    """Stripes of one pixel, a +- b: mirrored edges go on as stripes, so every window is one of two. Its mean is a +- b
+    c, c = sum g_i (-1)^i of the Gaussian window, its variance b^2 (1 - c^2), the covariance b1 b2 (1 - c^2).
+    """
+    g = [math.exp(-(i**2) / (2 * 1.5**2)) for i in range(-5, 6)]
+    c = sum(w * (-1) ** i for i, w in zip(range(-5, 6), g, strict=True)) / sum(g)
+    (b1, b2), (a1, a2), c1, c2 = deep, (0.4, 0.5), 0.01**2, 0.03**2
+    signs = np.array([1.0, -1.0] * 12)
+    pictures = [np.broadcast_to((a + b * signs)[None, :, None], (24, 24, 1)) for a, b in ((a1, b1), (a2, b2))]
+    expected = 0.0
+    for s in (1, -1):
+        m1, m2 = a1 + s * b1 * c, a2 + s * b2 * c
+        v1, v2, cov = (p * (1 - c * c) for p in (b1 * b1, b2 * b2, b1 * b2))
+        expected += (2 * m1 * m2 + c1) * (2 * cov + c2) / ((m1**2 + m2**2 + c1) * (v1 + v2 + c2)) / 2
+    assert images.ssim(*pictures) == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("shape", SIZES)
 def test_equal_pictures_and_symmetry(shape):
     a, b = pair(shape)

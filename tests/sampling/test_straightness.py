@@ -47,6 +47,19 @@ def test_where_it_bends_is_told():
     assert "| 0.5000 | 0.25 |" in found.table()
 
 
+@pytest.mark.parametrize("start, end", [(1.0, 0.0), (0.8, 0.2), (0.5, 0.4), (3.0, 1.0)])
+def test_it_is_of_a_unit_of_time(start, end):
+    """Part of a path: velocities 1 and 3, a third and two thirds of the time. Mean 7/3, so 1/3 (4/3)^2 + 2/3 (2/3)^2,
+    whatever the span is.
+    """
+    middle = start - (start - end) / 3
+    found = measure([torch.ones(2, 4), torch.full((2, 4), 3.0)], [start, middle, end])
+    assert found.value == pytest.approx((16 / 9) / 3 + 2 / 3 * 4 / 9)
+    assert found.speed == pytest.approx(1 / 3 + 6) and found.share == pytest.approx(8 / 9 / (19 / 3))
+    end_given = measure([torch.ones(2, 4)] * 2, [start, middle, end], torch.full((2, 4), 2 * (start - end)))
+    assert end_given.value == pytest.approx(1)
+
+
 def test_both_noise_scales_measure_the_same_path():
     """x = data + sigma noise and z = (1 - t) data + t noise of the same model, step for step."""
     data, noise = torch.randn(2, 4), torch.randn(2, 4)

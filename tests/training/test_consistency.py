@@ -49,6 +49,60 @@ def test_the_exact_students_loss_vanishes_with_the_step():
         assert value < 0.03 * loss(toy.denoise, toy, skip), (skip, value)
 
 
+def written_out(path, x, n, t, skip) -> dict:
+    """The numbers of one LCD or LCF step of single values x and n: z at t and at the step before, c_skip, c_out."""
+    alpha, sigma = path.alpha.double(), path.sigma.double()
+    earlier = max(0, t - skip)
+    rows = {}
+    for name, at in (("z", t), ("before", earlier)):
+        s = 10.0 * at
+        rows[name] = dict(at=at, z=float(alpha[at] * x + sigma[at] * n), alpha=float(alpha[at]), sigma=float(sigma[at]),
+                          skip=0.25 / (s * s + 0.25), out=s / (s * s + 0.25) ** 0.5)  # fmt: skip
+    return rows
+
+
+def one(x, n, t, omega):
+    """A batch of one single value with the words "cat" and "", and its draw."""
+    at = lambda v: torch.tensor([[[[v]]]])  # noqa: E731
+    return c.Batch(at(x), ["cat"], [""]), c.Draw(torch.tensor([t]), at(n), torch.tensor([omega]))
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("t, omega", [(999, 2.0), (499, 7.5), (59, 13.0), (19, 2.5)])
+def test_lcd_is_its_formula(path, t, omega):
+    """Written out for a teacher that answers .3 for the prompt and -.2 for none, and affine students: the guided
+    answer is x0 = -.2 + (1 + omega) (.3 + .2), z' one DDIM step along it, and the loss pseudo-Huber of f - f-.
+    """
+    settings, x, n = c.Consistency(skip=20, huber=0.7), 0.4, -1.3
+    teacher = lambda z, t, cond: torch.full_like(z, 0.3 if cond == ["cat"] else -0.2)  # noqa: E731
+    student = c.Student(lambda z, t, cond: 0.5 * z + 0.1, lambda z, t, cond: 0.4 * z - 0.3)
+    batch, drawn = one(x, n, t, omega)
+    rows = written_out(path, x, n, t, 20)
+    z, before = rows["z"], rows["before"]
+    x0 = -0.2 + (1 + omega) * (0.3 + 0.2)
+    moved = before["alpha"] * x0 + before["sigma"] * (z["z"] - z["alpha"] * x0) / z["sigma"]
+    target = before["skip"] * moved + before["out"] * (0.4 * moved - 0.3)
+    answer = z["skip"] * z["z"] + z["out"] * (0.5 * z["z"] + 0.1)
+    expected = ((answer - target) ** 2 + 0.7**2) ** 0.5 - 0.7
+    got = float(c.lcd(student, teacher, batch, drawn, path, settings))
+    assert got == pytest.approx(expected, rel=2e-4, abs=1e-6) and expected > 1e-3
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("skip, t", [(20, 999), (20, 499), (50, 99), (20, 19)])
+def test_lcf_is_its_formula(path, skip, t):
+    """One picture, one noise, at t and one skip before."""
+    settings, x, n = c.Consistency(skip=skip, huber=0.7), 0.4, -1.3
+    student = c.Student(lambda z, t, cond: 0.5 * z + 0.1, lambda z, t, cond: 0.4 * z - 0.3)
+    rows = written_out(path, x, n, t, skip)
+    z, before = rows["z"], rows["before"]
+    target = before["skip"] * before["z"] + before["out"] * (0.4 * before["z"] - 0.3)
+    answer = z["skip"] * z["z"] + z["out"] * (0.5 * z["z"] + 0.1)
+    expected = ((answer - target) ** 2 + 0.7**2) ** 0.5 - 0.7
+    batch, drawn = one(x, n, t, 0.0)
+    assert float(c.lcf(student, batch, drawn, path, settings)) == pytest.approx(expected, rel=2e-4, abs=1e-6)
+
+
 def test_boundary_by_hand():
     """t = 0 hands z through; t = 1: s = 10, c_skip = .25 / 100.25, c_out = 10 / sqrt(100.25)."""
     skip, out = c.boundary(torch.tensor([0, 1]), torch.zeros(2, 1))

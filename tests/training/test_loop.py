@@ -1,17 +1,21 @@
 """The loop: exact arithmetic, the same weights however often it was stopped, and one sentence for what is wrong."""
 
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
 from comfyui_nibble.training.loop import Plan, Watch, learning_rate, train
+from safetensors.torch import save_file
 
 TARGET = torch.linspace(-1, 1, 12).view(3, 4)
+PLAN = Plan("toy", steps=2, batch=8, lr=0.05)
 
 
 class Toy:
@@ -127,6 +131,21 @@ def test_what_is_refused(tmp_path):
     for bad in (dict(steps=0), dict(schedule="linear"), dict(optimizer="sgd"), dict(lr=0.0)):
         with pytest.raises(ValueError):
             Plan(**{**dict(name="x", steps=1, batch=1, lr=0.1), **bad})
+
+
+@pytest.mark.parametrize("harm", [
+    lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:200]), lambda p: p.write_bytes(b"x" * 500),
+    lambda p: save_file({"0.value": torch.zeros(3, 4)}, p), lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {
+        "state": "no json"}),
+    lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {"state": "[]"}),
+    lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {"state": json.dumps({"plan": asdict(PLAN)})}),
+], ids=["empty", "cut", "nonsense", "no metadata", "no json", "a list", "tensors missing"])  # fmt: skip
+def test_a_state_that_is_none_is_said_in_a_sentence(harm, tmp_path):
+    """Hours of training are in it: whether to start anew is not for the run to decide."""
+    run(PLAN, work=tmp_path)
+    harm(tmp_path / "toy.state.safetensors")
+    with pytest.raises(ValueError, match=r"^toy.state.safetensors is not a whole state of a run. Delete it to start"):
+        run(PLAN, work=tmp_path)
 
 
 def test_it_asks_for_a_stop_before_every_pass():

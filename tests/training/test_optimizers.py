@@ -41,6 +41,30 @@ def test_state_bytes_are_the_formula(rank):
     assert optimizers.state_bytes(adam) == 4 * 2 * m * n
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_the_first_steps_are_their_formula(shape):
+    """W - lr s P adam(P^T G): P the first left (of a wide matrix) or right singular vectors of the first gradient, kept
+    for 200 steps, and s = .25, which the paper calls alpha. Adam's own sign does not depend on P's.
+    """
+    g = torch.Generator().manual_seed(0)
+    w = torch.nn.Parameter(torch.zeros(shape))
+    optimizer = optimizers.galore([w], 0.01, 0.0, rank=4)
+    grads = [torch.randn(shape, generator=g).double() for _ in range(3)]
+    u, _, vh = torch.linalg.svd(grads[0], full_matrices=False)
+    wide = shape[0] < shape[1]
+    project = (lambda x: u[:, :4].T @ x) if wide else (lambda x: x @ vh[:4].T)
+    back = (lambda x: u[:, :4] @ x) if wide else (lambda x: x @ vh[:4])
+    expected, m, v = torch.zeros(shape).double(), 0.0, 0.0
+    for i, grad in enumerate(grads, 1):
+        w.grad = grad.float()
+        optimizer.step()
+        low = project(grad)
+        m, v = 0.9 * m + 0.1 * low, 0.99 * v + 0.01 * low**2
+        step = (m / (1 - 0.9**i)) / ((v / (1 - 0.99**i)).sqrt() + 1e-8)
+        expected -= 0.01 * 0.25 * back(step)
+        assert float((w.detach() - expected).norm() / expected.norm()) < 1e-3
+
+
 def test_every_row_makes_an_optimizer_that_learns():
     for name in optimizers.OPTIMIZERS:
         losses, _ = fit(lambda p, name=name: optimizers.make(Plan("x", 1, 1, 0.02, optimizer=name), p))

@@ -88,6 +88,25 @@ def test_training_follows_the_trajectory():
     assert error() < 0.7 * before, (before, error())
 
 
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("t, omega", [(999, 2.0), (519, 7.5), (759, 4.0)])
+def test_the_loss_is_its_formula(path, t, omega):
+    """Written out for a teacher that answers .3 for the prompt and -.2 for none, as for latent consistency."""
+    settings, x, n = phased.Phases(skip=20, count=4), 0.4, -1.3
+    alpha, sigma = path.alpha.double().tolist(), path.sigma.double().tolist()
+    e = max(edge for edge in (749, 499, 249) if edge < t)
+    step = lambda z, x0, a, b: alpha[b] * x0 + sigma[b] * (z - alpha[a] * x0) / sigma[a]  # noqa: E731
+    z, earlier = alpha[t] * x + sigma[t] * n, max(t - 20, e)
+    moved = step(z, -0.2 + (1 + omega) * 0.5, t, earlier)
+    target = moved if earlier == e else step(moved, 0.4 * moved - 0.3, earlier, e)
+    expected = (step(z, 0.5 * z + 0.1, t, e) - target) ** 2
+    at = lambda v: torch.tensor([[[[v]]]])  # noqa: E731
+    student = c.Student(lambda z, t, cond: 0.5 * z + 0.1, lambda z, t, cond: 0.4 * z - 0.3)
+    teacher = lambda z, t, cond: torch.full_like(z, 0.3 if cond == ["cat"] else -0.2)  # noqa: E731
+    batch, drawn = c.Batch(at(x), ["cat"], [""]), c.Draw(torch.tensor([t]), at(n), torch.tensor([omega]))
+    assert float(phased.distance(student, teacher, batch, drawn, path, settings)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="at least one phase"):
         phased.Phases(count=0)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_nibble.training import loop, paths, reflow
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from toys import Gaussian, Mixture, flow_path, vp_path
 
 PATH = vp_path()
@@ -101,7 +101,7 @@ def test_pairs_are_resumed_and_reproducible(tmp_path, pairs):
     assert set(load_file(files[0])) == {"x1", "row"}
 
 
-@pytest.mark.parametrize("harm", ["cut", "other", "nonsense"])
+@pytest.mark.parametrize("harm", ["cut", "other", "nonsense", "other shape", "one number"])
 def test_a_bad_or_foreign_shard_is_made_anew(harm, tmp_path):
     small, toy = replace(MAKING, count=4, shard=4, steps=3), Mixture(PATH)
     made = reflow.make((toy.teacher, PATH), ([0], None), small, tmp_path)
@@ -109,6 +109,9 @@ def test_a_bad_or_foreign_shard_is_made_anew(harm, tmp_path):
     data = shard.read_bytes()
     if harm == "other":
         reflow.make((toy.teacher, PATH), ([0], None), replace(small, about="another model", seed=5), tmp_path)
+    elif harm in ("other shape", "one number"):
+        x1 = torch.zeros((4, 3) if harm == "other shape" else ())
+        save_file({"x1": x1.half(), "row": torch.zeros(4, dtype=torch.int64)}, shard, {"making": reflow._record(small)})
     else:
         shard.write_bytes(data[:40] if harm == "cut" else b"x" * 100)
     again = reflow.make((toy.teacher, PATH), ([0], None), small, tmp_path)

@@ -92,6 +92,7 @@ seen = oracle.get_image_features(pixel_values=((pictures - mean) / std).permute(
 read = oracle.get_text_features(input_ids=tokens)
 seen, read = (torch.nn.functional.normalize(getattr(x, "pooler_output", x), dim=-1) for x in (seen, read))
 ours = scores.score(given(references=pictures.flip(0)))
+every = scores.score(given(references=pictures.flip(0), clip_i="all pairs"))
 single = scores.score(given(prompts="fox"))
 pair = SimpleNamespace(
     cond_stage_model=torch.nn.ModuleList([clip.cond_stage_model, text_encoder(None).cond_stage_model])
@@ -104,7 +105,8 @@ for name, encoding in (("a", "cp1252"), ("b", "utf-16")):
 identity, wrong = torch.eye(WIDTH), torch.full((WIDTH, WIDTH), float("nan"))
 print(json.dumps({
     "captions": folders.of_folder("input/captioned").captions,
-    "clip_t": list(ours.each["CLIP-T"]), "clip_i": ours.overall["CLIP-I"], "kid": ours.overall["KID"],
+    "clip_t": list(ours.each["CLIP-T"]), "clip_i": every.overall["CLIP-I"], "kid": ours.overall["KID"],
+    "clip_i_each": list(ours.each["CLIP-I"]), "oracle_paired": (seen * seen.flip(0)).sum(1).tolist(),
     "notes": list(ours.notes), "one_prompt": list(single.each["CLIP-T"]),
     "oracle_t": (seen * read).sum(1).tolist(), "oracle_i": (seen @ seen.t()).mean().item(),
     "oracle_one": (seen * read[1]).sum(1).tolist(),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from comfyui_nibble.quant.calib import allocate, engine, presets, report
 from comfyui_nibble.quant.calib.allocate import Option
+from comfyui_nibble.quant.calib.solve import Sample
 from comfyui_nibble.quant.policy import LayerPlan
 from torch import nn
 
@@ -41,6 +42,17 @@ def test_greedy_equals_brute_force_on_separable_costs():
 def test_a_budget_below_the_smallest_choice_says_what_it_takes():
     with pytest.raises(ValueError, match=r"budget of 1\.5 MiB is less than the 2\.0 MiB"):
         allocate.fit({"a": [option(2**20, 1.0)], "b": [option(2**20, 1.0)]}, 3 * 2**19)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_a_layer_that_cannot_be_measured_keeps_its_plan(tokens):
+    """With an error of NaN it would stand anywhere in the order, and others with it."""
+    w, x = synthetic(128, 128, 64)
+    plan = LayerPlan("svdquant_w4a4", "", 32)
+    sample = Sample(x[:tokens], x.abs().amax(0)) if tokens else None
+    found = allocate.measure(w, sample, plan, presets.preset("fast"), 0)
+    assert found == [Option(plan, allocate.stored_bytes(plan, (128, 128)), 0.0)]
+    assert len(allocate.measure(w, Sample(x, x.abs().amax(0)), plan, presets.preset("fast"), 0)) > 3
 
 
 class Uneven(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from comfyui_nibble.checkpoints import resume
 from comfyui_nibble.demo import parts
 from comfyui_nibble.profiling.work import LiveBytes
-from comfyui_nibble.quant.calib import engine, presets
+from comfyui_nibble.quant.calib import engine, presets, report
 from comfyui_nibble.quant.calib.observe import Observer, runs_needed
 from comfyui_nibble.quant.policy import LayerPlan
 from torch import nn
@@ -97,6 +97,39 @@ class TestCalibrate:
         assert all(
             layers[n].tokens > 0 and layers[n].solved.error <= layers[n].solved.data_free for n in ("q", "k", "v")
         )
+
+    @pytest.mark.parametrize("scheme", ["svdquant_w4a4", "awq_w4a16", "nvfp4", "int8_tensorwise"])
+    def test_a_layer_that_nothing_reaches_is_named(self, scheme):
+        module = block()
+        base = job(module)
+        plans = {**base.plans, "unused": LayerPlan(scheme, "")}
+        layers = engine.calibrate(module, dataclasses.replace(base, plans=plans))
+        told = "1 were never run, so nothing is known of their input: unused."
+        for text in (report.summary(layers, "fast"), report.table(layers, "fast"), report.page(layers, "fast", "t")):
+            assert told in text
+        (row,) = [line for line in report.table(layers, "fast").splitlines() if line.startswith("| unused |")]
+        assert "| no data |" in row and report.unreached(layers, "fast") == ["unused"]
+        assert "0 kept the data-free weight" in report.summary(layers, "fast")
+
+    def test_where_no_data_is_asked_for_none_is_missed(self):
+        module = block()
+        layers = engine.calibrate(module, job(module, preset="data_free"))
+        assert "never run" not in report.table(layers, "data_free") and "no data" not in report.table(
+            layers, "data_free"
+        )
+
+    def test_a_layer_with_too_few_tokens_is_named(self):
+        module = block()
+        work = dataclasses.replace(job(module, ("q", "out")), run=lambda: module(inputs()[:1, :5]))
+        text = report.summary(engine.calibrate(module, work), "fast")
+        assert "2 were fed fewer than 8 tokens, too few to calibrate: q, out." in text and "no worse" not in text
+
+    def test_an_input_by_name_is_seen(self):
+        """ComfyUI's models may call a layer so; and one that is never called is not."""
+        module, x = block(), inputs()
+        work = dataclasses.replace(job(module, ("q", "k")), run=lambda: module.q(input=x))
+        layers = engine.calibrate(module, work)
+        assert layers["q"].tokens > 0 == layers["k"].tokens
 
     def test_same_seed_same_codes(self):
         one, two = (engine.calibrate(m, job(m, seed=3)) for m in (block(), block()))
