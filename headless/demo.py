@@ -22,6 +22,7 @@ from ..metrics.images import mean_psnr
 from ..profiling import chart
 from ..profiling.recorder import Recorder
 from ..prompts import domain, expand
+from ..writing import whole
 from . import pipeline, sheet
 
 SUBJECTS = ("red apple", "fox face")
@@ -48,10 +49,10 @@ def run(out: Path, say: Callable[[str], None] = lambda _: None, on_step: Callabl
     captions = [s for s in SUBJECTS for _ in range(PICTURES)]
     variants = {name: _variant(name, prompts, recorder, say, on_step) for name in (SIXTEEN, FOUR)}
     report = _report(variants, prompts, captions, recorder)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _contact(variants).save(out / "demo.png", optimize=True)
-    chart.profile("nibble demo", recorder.stages, _parts(variants)).save(out / "profile.png", optimize=True)
+    whole.text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    whole.picture(out / "demo.png", _contact(variants), optimize=True)
+    profile = chart.profile("nibble demo", recorder.stages, _parts(variants))
+    whole.picture(out / "profile.png", profile, optimize=True)
     return report
 
 

@@ -11,6 +11,7 @@ from .. import demo as shipped
 from ..lora.apply import apply
 from ..lora.read import read
 from ..prompts import domain, expand
+from ..writing import whole
 from . import pipeline, sheet
 
 
@@ -37,7 +38,6 @@ def generate(args, steps: int, on_step: Callable[[], None]) -> list[Path]:
         prompts = [expand.expand(template, p, args.seed + i) for i, p in enumerate(prompts)]
     cfg = args.cfg if args.cfg is not None else (1.0 if args.lcm else 3.0)
     pictures = pipeline.sample(pipe, prompts, steps, cfg, args.seed, on_step=on_step)
-    args.out.mkdir(parents=True, exist_ok=True)
     return [_save(picture, args.out, args.seed + i) for i, picture in enumerate(pictures)]
 
 
@@ -65,5 +65,5 @@ def _save(picture, folder: Path, seed: int) -> Path:
     number = 0
     while (path := folder / f"nibble_{seed}_{number:03}.png").exists():
         number += 1
-    sheet.to_image(picture).save(path)
+    whole.picture(path, sheet.to_image(picture))
     return path

@@ -17,17 +17,16 @@ of seed and i. A shard is written whole or not at all; those that are there, of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..sampling.straightness import Straightness, measure
+from ..writing import tensors as files
 from .paths import Answer, Cond, Model, Path, even, follow, guided, pick
 
 
@@ -89,7 +88,7 @@ def make(
             stops = even(len(path), making.steps)
             _, answers = follow(answer, path, noise, stops, lambda at=first: tell(at, making.count))
             found = {"x1": answers[-1].half().cpu(), "row": index % rows}
-            _write(where, found, making)
+            files.save(where, found, {"making": _record(making)})
         parts.append((torch.stack([making.noise(int(i)) for i in index]), found["x1"].float(), found["row"]))
         tell(min(first + making.shard, making.count), making.count)
     return Pairs(*(torch.cat(t) for t in zip(*parts, strict=True)))
@@ -98,16 +97,6 @@ def make(
 def _record(making: Making) -> str:
     kept = {k: v for k, v in asdict(making).items() if k != "count"}  # more pairs of the same making may follow
     return json.dumps(kept | {"shape": list(making.shape)}, sort_keys=True)
-
-
-def _write(where: File, tensors: dict[str, Tensor], making: Making) -> None:
-    where.parent.mkdir(parents=True, exist_ok=True)
-    part = where.with_name(f".{where.name}.{os.getpid()}.part")
-    try:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"making": _record(making)})
-        os.replace(part, where)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read(where: File, making: Making, count: int) -> dict[str, Tensor] | None:

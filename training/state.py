@@ -9,14 +9,13 @@ metadata "state"                    {"seconds", "plan": every hyper-parameter}
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
+from ..writing import tensors as files
 from . import optimizers
 
 
@@ -34,10 +33,7 @@ class State:
                 tensors[f"{i}.average"] = averages[i].contiguous()
             for name, value in optimizers.state_of(optimizer, p).items():
                 tensors[f"{i}.optimizer.{name}"] = value.detach().clone().contiguous()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        part = self.path.with_suffix(".part")
-        save_file(tensors, part, {"state": json.dumps({"seconds": seconds, "plan": self.plan})})
-        os.replace(part, self.path)
+        files.save(self.path, tensors, {"state": json.dumps({"seconds": seconds, "plan": self.plan})})
 
     @torch.no_grad()
     def load(self, optimizer, averages: list[torch.Tensor]) -> tuple[list[float], float]:

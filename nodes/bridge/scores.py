@@ -13,9 +13,10 @@ from server import PromptServer
 from ...metrics import features, optional
 from ...metrics.table import Scores, mean
 from ...reading import textfile
+from ...writing import whole
 from .. import files
 from . import clip as encoders
-from . import pictures, records
+from . import pictures
 from .pictures import Pictures
 
 ENOUGH = 2048  # pictures for an Inception FID that others would compare; below, KID is the steadier number
@@ -46,7 +47,7 @@ def run(given: Given) -> tuple[str, str, str]:
     result = score(given)
     csv = result.to_csv()
     path = files.new_output("nibble/scores", ".csv")
-    records.write_whole(Path(path), csv.encode())
+    whole.text(Path(path), csv)
     return result.markdown(), csv, files.below_output(path)
 
 
