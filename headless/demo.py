@@ -23,6 +23,7 @@ from ..profiling import chart
 from ..profiling.recorder import Recorder
 from ..prompts import domain, expand
 from ..writing import whole
+from ..writing.room import check_room
 from . import pipeline, sheet
 
 SUBJECTS = ("red apple", "fox face")
@@ -43,6 +44,7 @@ class Variant:
 
 def run(out: Path, say: Callable[[str], None] = lambda _: None, on_step: Callable[[], None] = lambda: None) -> dict:
     """Runs the demo, writes its three files to ``out``, and returns the report."""
+    check_room(out / "demo.png", 0)
     recorder = Recorder()
     style = domain.load("emoji")
     prompts = [expand.expand(style, s, SEED + i) + ", flat style" for s in SUBJECTS for i in range(PICTURES)]

@@ -12,11 +12,13 @@ from ..lora.apply import apply
 from ..lora.read import read
 from ..prompts import domain, expand
 from ..writing import whole
+from ..writing.room import check_room
 from . import pipeline, sheet
 
 
 def generate(args, steps: int, on_step: Callable[[], None]) -> list[Path]:
     """Writes one PNG per prompt with the seed in its name; returns their paths. ``args``: the command line's."""
+    check_room(args.out / "nibble.png", 0)
     is_demo = args.model is None
     pipe = pipeline.load_pipeline(shipped.MODEL if is_demo else args.model)
     if args.quantized is not None:

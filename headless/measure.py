@@ -17,6 +17,7 @@ from ..profiling import calibrate, chart, memory, work
 from ..profiling.calibrate import Constants, Key, Measurement
 from ..profiling.tables import seconds, size, table
 from ..writing import whole
+from ..writing.room import check_room
 from . import pipeline
 
 PRECISIONS = {"both": ("16-bit", "4-bit"), "16-bit": ("16-bit",), "4-bit": ("4-bit",)}
@@ -56,6 +57,7 @@ def profile(args, say: Callable[[str], None] = lambda _: None) -> Result:
     files = [args.out / name for name in FILES]
     if files[0].exists():
         raise ValueError(f"{files[0].name}: there is a calibration in {args.out.name} already. Give another --out")
+    check_room(files[0], 0)
     rows, checks = [], []
     for precision in PRECISIONS[args.precision]:
         bench = Bench(args, precision)

@@ -51,7 +51,7 @@ def save(
     with whole(path, overwrite, durable) as f:
         f.write(header)
         for name in names:
-            for block in _blocks(tensors[name]):
+            for block in blocks(tensors[name]):
                 f.write(block)
     return path
 
@@ -69,7 +69,8 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple
     return len(text).to_bytes(8, "little") + text, end
 
 
-def _blocks(tensor: Tensor) -> Iterator[memoryview]:
+def blocks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in the order of its elements, some at a time."""
     flat = tensor.detach().cpu().contiguous().flatten()
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten()

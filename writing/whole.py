@@ -40,7 +40,7 @@ class WriteError(ValueError):
 
     def __init__(self, name: str, why: str, remedy: str, errno: int | None = None):
         super().__init__(f"{shown(name)}: {why}. {remedy}")
-        self.errno = errno
+        self.why, self.remedy, self.errno = why, remedy, errno
 
     @classmethod
     def of(cls, error: OSError, name: str, more: str = "") -> WriteError:
