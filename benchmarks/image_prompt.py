@@ -23,7 +23,7 @@ from comfyui_nibble import adapters, demo
 from comfyui_nibble.demo import evaluate, image_prompt, tower
 from comfyui_nibble.headless import pipeline
 from comfyui_nibble.metrics.features import paired_cosine
-from PIL import Image
+from comfyui_nibble.reading import picture
 from safetensors.torch import load_file
 
 SIXTEEN, FOUR = "16-bit", "4-bit"
@@ -76,7 +76,7 @@ def task(pictures: int) -> Task:
     lines = (demo.PICTURES / "captions.jsonl").read_text(encoding="utf-8").splitlines()[:pictures]
     rows = [json.loads(line) for line in lines]
     vision, projection = tower.load()
-    opened = [np.asarray(Image.open(demo.PICTURES / r["file_name"]).convert("RGB"), np.float32) / 255 for r in rows]
+    opened = [np.asarray(picture.read(demo.PICTURES / r["file_name"]), np.float32) / 255 for r in rows]
     shown = tower.embeddings(vision, torch.from_numpy(np.stack(opened)).permute(0, 3, 1, 2))
     pipe, captions = pipeline.load_pipeline(demo.MODEL), tuple(r["text"] for r in rows)
     called = tower.pooled(pipe.text_encoder, pipe.tokenizer, list(captions), "cpu") @ projection.t()

@@ -1,81 +1,165 @@
-"""Keeps solved layers of a calibration on disk, one small safetensors file each, so that an interrupted run goes on.
+"""Keeps what a calibration has done on disk, so that an interrupted run goes on: a `quant.calib.engine.Store`.
 
-A folder belongs to one signature (model, prompts, recipe, seed); layers written under another are not read. Writes are
-atomic, and a file that does not read is treated as absent: the layer is simply solved again.
+    <digest of the name>.safetensors    a solved layer
+    seen-<run>.safetensors              who shared an input in an observation, written when all that it saw is there:
+    seen-<run>-<i>.safetensors          the sample of the i-th input
+    plans.safetensors                   the plans that fit a budget, in its values
+
+A folder belongs to one signature (model, prompts, recipe, seed, version of this pack). A file that does not read is
+treated as absent: that part is simply done again. So is what cannot be written; `notes` say it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..quant.awq import AWQWeight
+from ..quant.calib import recall
 from ..quant.calib.engine import Layer
+from ..quant.calib.observe import Observer
 from ..quant.calib.solve import Solved
 from ..quant.policy import LayerPlan
 from ..quant.svdquant import SVDQuantWeight
+from ..writing import kept, room
+from ..writing.whole import WriteError
 from . import save
-from .errors import CheckpointError
-from .formats import comfy_quant
+from .formats import comfy_quant, core_quant
 
-ENTRY, RECORD = "layer", "nibble_layer"
+ENTRY, PROMOTED = "layer", "promoted"
+SEEN_BYTES, SPARE_BYTES = 2**32, 2**30  # of all observations that are kept, and what these leave free
 
 
 class Folder:
-    """A `quant.calib.engine.Store` in ``root``/``signature``."""
+    """A `quant.calib.engine.Store` in ``folder``. ``found``, ``recalled``: layers and observations that were there."""
 
-    def __init__(self, root: Path, signature: str):
-        self.folder = root / signature
+    def __init__(self, folder: Path):
+        self.folder, self.found, self.recalled, self._notes, self._seen = folder, 0, 0, [], 0
 
-    def _path(self, name: str) -> Path:
-        return self.folder / (hashlib.sha256(name.encode()).hexdigest()[:24] + ".safetensors")
+    def notes(self) -> list[str]:
+        """For the run's report: whether it went on with an earlier one, what could not be kept or read again."""
+        seen = ", and its prompts were not sampled again" if self.recalled else ""
+        went_on = f"Went on with a run that was stopped: {self.found} layers were solved already{seen}"
+        return [went_on, *self._notes] if self.found or self.recalled else self._notes
 
     def get(self, name: str) -> Layer | None:
-        path = self._path(name)
+        read = self._load(_file(name))
+        if read is None:
+            return None
+        tensors, values = read
+        try:
+            layer = _layer(tensors, values)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            layer = None
+        if layer is None or layer.name != name:
+            self._note("A layer that was kept could not be read and is solved again")
+            return None
+        self.found += 1
+        return layer
+
+    def put(self, layer: Layer) -> None:
+        weight = layer.solved.weight
+        ours = isinstance(weight, SVDQuantWeight | AWQWeight)
+        if not ours and not layer.plan.reason.startswith(PROMOTED):
+            return  # made in a moment
+        values = {k: v for k, v in vars(layer).items() if k not in ("plan", "solved")} | {"plan": asdict(layer.plan)}
+        values["solved"] = {k: v for k, v in vars(layer.solved).items() if k not in ("weight", "bias")}
+        if ours:
+            tensors = comfy_quant.write(ENTRY, weight)
+        elif isinstance(weight, QuantizedTensor):
+            tensors = core_quant.write(ENTRY, weight)
+            values["core"] = [core_quant.config_of(weight), str(weight._params.orig_dtype).removeprefix("torch.")]
+        else:
+            tensors, values["dense"] = {f"{ENTRY}.weight": weight}, True
+        if layer.solved.bias is not None:
+            tensors[f"{ENTRY}.bias"] = layer.solved.bias
+        self._save(_file(layer.name), tensors, values)
+
+    def recall(self, run: int, observer: Observer) -> bool:
+        read = self._load(f"seen-{run}.safetensors")
+        if read is None:
+            return False
+        try:
+            reservoirs = {}
+            for i, lead in enumerate(read[1]["leads"]):
+                observer.on_forward()
+                reservoirs[lead] = recall.unpacked(*kept.load(self.folder / f"seen-{run}-{i}.safetensors"))
+            recall.restore(observer, reservoirs, read[1])
+        except (kept.Damaged, KeyError, ValueError, TypeError, AttributeError):
+            self._note("What was seen of the prompts could not be read, and they are watched again")
+            return False
+        self.recalled += 1
+        return True
+
+    def remember(self, run: int, observer: Observer) -> None:
+        self._seen += observer.nbytes
+        have = room.free(self.folder)
+        if self._seen > SEEN_BYTES or (have is not None and have < observer.nbytes + SPARE_BYTES):
+            return
+        for i, reservoir in enumerate(observer.reservoirs.values()):
+            observer.on_forward()
+            if not self._save(f"seen-{run}-{i}.safetensors", *recall.packed(reservoir)):
+                return
+        self._save(f"seen-{run}.safetensors", {}, {"leads": list(observer.reservoirs), **recall.groups(observer)})
+
+    def plans(self) -> dict[str, LayerPlan] | None:
+        read = self._load("plans.safetensors")
+        try:
+            return None if read is None else {name: LayerPlan(**plan) for name, plan in read[1]["plans"].items()}
+        except (KeyError, TypeError, AttributeError):
+            return None
+
+    def put_plans(self, plans: Mapping[str, LayerPlan]) -> None:
+        self._save("plans.safetensors", {}, {"plans": {name: asdict(plan) for name, plan in plans.items()}})
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        path = self.folder / name
         if not path.is_file():
             return None
         try:
-            with safe_open(path, framework="pt") as f:
-                values = json.loads(f.metadata()[RECORD])
-                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            bias = tensors.pop(f"{ENTRY}.bias", None)
-            weight = comfy_quant.read(tensors, path.name)[ENTRY].weight
-            solved = Solved(weight, bias, **values.pop("solved"))
-            plan, shape = LayerPlan(**values.pop("plan")), tuple(values.pop("shape"))
-            return Layer(plan=plan, shape=shape, solved=solved, **values)
-        except (SafetensorError, CheckpointError, OSError, KeyError, ValueError, TypeError, AttributeError):
-            return None  # broken, or written by another version: solved again
+            return kept.load(path)
+        except kept.Damaged:
+            self._note("A file that was kept is damaged, and that part is done again")
+            return None
 
-    def put(self, layer: Layer) -> None:
-        s = layer.solved
-        if not isinstance(s.weight, SVDQuantWeight | AWQWeight):
-            return  # made in a moment, and ComfyUI's formats are not ours to read
-        values = {
-            "name": layer.name,
-            "plan": asdict(layer.plan),
-            "shape": list(layer.shape),
-            "solved": {"error": s.error, "data_free": s.data_free, "calibrated": s.calibrated},
-            "tokens": layer.tokens,
-            "seconds": layer.seconds,
-        }
-        tensors = comfy_quant.write(ENTRY, s.weight)
-        if s.bias is not None:
-            tensors[f"{ENTRY}.bias"] = s.bias
-        save.save(self._path(layer.name), tensors, {RECORD: json.dumps(values)}, overwrite=True)
+    def _save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping) -> bool:
+        """Whether it is kept. Not waited for until the disk has it: the checksum tells after a power cut."""
+        try:
+            kept.save(self.folder / name, tensors, values, durable=False)
+        except WriteError as e:
+            self._note(f"What this run has done cannot be kept, and if it is stopped it is done again: {e}")
+            return False
+        return True
 
-    def clear(self) -> None:
-        """Forgets the run; called when its result is safe elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another interrupted run is kept there
-            self.folder.parent.rmdir()
+    def _note(self, sentence: str) -> None:
+        if sentence.partition(": ")[0] not in [n.partition(": ")[0] for n in self._notes]:
+            self._notes.append(sentence)
+
+
+def _file(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:24] + ".safetensors"
+
+
+def _layer(tensors: dict[str, Tensor], values: dict) -> Layer:
+    """A layer from what `Folder.put` wrote. Raises KeyError, ValueError or TypeError for anything else."""
+    values, shape = dict(values), tuple(values["shape"])
+    bias, core = tensors.pop(f"{ENTRY}.bias", None), values.pop("core", None)
+    if core is not None:
+        parts = {n.removeprefix(f"{ENTRY}."): t for n, t in tensors.items()}
+        weight = core_quant.build(core[0], parts, shape, getattr(torch, core[1]))
+    elif values.pop("dense", False):
+        weight = tensors[f"{ENTRY}.weight"]
+    else:
+        weight = comfy_quant.read(tensors, ENTRY)[ENTRY].weight
+    solved = Solved(weight, bias, **values.pop("solved"))
+    return Layer(**{**values, "plan": LayerPlan(**values["plan"]), "shape": shape, "solved": solved})
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
@@ -93,6 +177,11 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def signature(**values) -> str:
-    """A digest of everything that a calibration depends on; ``values`` are JSON-able."""
+def digest(**values) -> str:
+    """A digest of ``values``, which are JSON-able."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def signature(**values) -> str:
+    """A digest of everything that a run depends on, this pack's version with it."""
+    return digest(version=save.version(), **values)

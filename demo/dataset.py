@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import logging
 import os
@@ -24,6 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from ..reading import picture
+from ..writing import whole
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +76,8 @@ def fetch_package(vendor: str, folder: Path) -> Path:
         registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org/").rstrip("/")
         url = f"{registry}/emoji-datasource-{vendor}/-/{name}"
         log.info("downloading %s", url)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         with urllib.request.urlopen(url, timeout=300) as reply:
-            part.write_bytes(reply.read())
-        os.replace(part, path)
+            whole.data(path, reply.read())
     digest = "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != PACKAGES[vendor]:
         raise ValueError(f"{path.name}: sha512 is {digest}, expected {PACKAGES[vendor]}; delete the file and run again")
@@ -122,11 +121,8 @@ def read_emoji(package: Path, hold_out: float = 0.05, seed: int = 0) -> list[Emo
     return out
 
 
-def to_canvas(picture: Image.Image) -> np.ndarray:
-    """RGBA picture -> (SIZE, SIZE, 3) uint8 on white with `MARGIN` on every side."""
-    rgba = picture.convert("RGBA")
-    flat = Image.new("RGB", rgba.size, "white")
-    flat.paste(rgba, mask=rgba)
+def to_canvas(flat: Image.Image) -> np.ndarray:
+    """Picture -> (SIZE, SIZE, 3) uint8 on white with `MARGIN` on every side."""
     inner = SIZE - 2 * MARGIN
     canvas = Image.new("RGB", (SIZE, SIZE), "white")
     canvas.paste(flat.resize((inner, inner), Image.Resampling.LANCZOS), (MARGIN, MARGIN))
@@ -142,7 +138,7 @@ def read_images(package: Path, vendor: str, names: list[str]) -> np.ndarray:
         for member in tar:
             i = wanted.get(member.name)
             if i is not None:
-                out[i] = to_canvas(Image.open(io.BytesIO(tar.extractfile(member).read())))
+                out[i] = to_canvas(picture.decoded(tar.extractfile(member).read(), member.name))
                 found += 1
     if found != len(names):
         raise ValueError(f"{package.name}: {found} of {len(names)} pictures found")
@@ -164,8 +160,8 @@ def load(folder: Path, seed: int = 0) -> tuple[list[Emoji], dict[str, np.ndarray
     cache = folder / f"pictures-{SIZE}-{len(emoji)}.npz"
     if not cache.exists():
         names = [e.image for e in emoji]
-        part = cache.with_name(cache.name + ".part.npz")
-        np.savez(part, **{v: read_images(p, v, names) for v, p in packages.items()})
-        os.replace(part, cache)
+        found = {v: read_images(p, v, names) for v, p in packages.items()}
+        with whole.whole(cache) as f:
+            np.savez(f, **found)
     with np.load(cache) as pictures:
         return emoji, {v: pictures[v] for v in PACKAGES}

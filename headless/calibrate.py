@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -10,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints import resume
-from ..checkpoints.convert import Conversion, Options, check_names, plan_source, quantize, side_dtype
+from ..checkpoints.convert import Conversion, Options, check_names, model_layers, plan_source, quantize, side_dtype
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.header import BYTES
 from ..checkpoints.save import require_free
@@ -18,11 +19,15 @@ from ..checkpoints.source import Source
 from ..prompts import batch, calibration
 from ..prompts import domain as domains
 from ..quant.calib import allocate
-from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate
+from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate, solved_bytes
 from ..quant.calib.presets import Preset
 from ..quant.policy import LayerPlan
 from ..quant.schemes import KEEP
+from ..writing import unfinished
+from ..writing.room import check_room
 from . import pipeline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,13 @@ def _other_bytes(source: Source, plans: Mapping[str, LayerPlan]) -> int:
     return sum(rest) + allocate.file_overhead(len(planned), len(rest))
 
 
+def file_bytes(source: Source, plans: Mapping[str, LayerPlan]) -> int:
+    """Bytes of the file that is written by ``plans``."""
+    shapes = model_layers(source.shapes, source.prefix)
+    planned = sum(allocate.stored_bytes(plan, shapes[n]) for n, plan in plans.items() if plan.scheme != KEEP)
+    return planned + _other_bytes(source, plans)
+
+
 def signature(source: Source, work: Job, inputs: Inputs) -> str:
     """Changes with anything the result depends on."""
     weights = {n: work.weight(n)[0] for n in work.plans}
@@ -123,16 +135,22 @@ def run(
     require_free(out)
     check_names(source, options.plans or plan_source(source, options.rank))
     work = job(source, pipe, inputs, preset, options, budget)
-    store = resume.Folder(out.with_name(f".{out.name}.solved"), signature(source, work, inputs))
-    layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
+    check_room(out, file_bytes(source, options.plans or plan_source(source, options.rank)))
+    need = solved_bytes(model_layers(source.shapes, source.prefix), work.plans)
+    root = out.with_name(f".{out.name}.solved")
+    with unfinished.run(root, signature(source, work, inputs), f"calibration of {source.name}", need) as kept:
+        store = None if kept.folder is None else resume.Folder(kept.folder)
+        layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
     record = {
         "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
-        "cfg": inputs.cfg, "prompts_sha256": resume.signature(prompts=list(inputs.prompts)),
+        "cfg": inputs.cfg, "prompts_sha256": resume.digest(prompts=list(inputs.prompts)),
         "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
         "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
     }  # fmt: skip
     plans = options.plans or plan_source(source, options.rank)
     done = replace(options, solved=layers, calibration=record, plans=plans)
     conversion = quantize(source, out, done)
-    store.clear()
+    kept.finish()
+    for note in [*(store.notes() if store else ()), *kept.notes]:
+        log.warning(note)
     return conversion, layers

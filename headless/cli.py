@@ -111,9 +111,12 @@ def run_demo(args) -> None:
 
 
 def run_quantize(args) -> None:
-    from ..checkpoints.convert import Options, quantize
+    from ..checkpoints.convert import Options, model_layers, plan_source, quantize
     from ..checkpoints.save import require_free
     from ..checkpoints.source import open_source
+    from ..quant.policy import retarget
+    from ..writing.room import check_room
+    from .calibrate import file_bytes
     from .pipeline import device_and_dtype
 
     require_free(args.out)
@@ -125,6 +128,8 @@ def run_quantize(args) -> None:
         raise ValueError("--budget, --report, --prompts and --domain measure layers: add --preset fast or best")
     device, _ = device_and_dtype(args.device)
     with open_source(args.source) as source, bar(len(source.shapes), source.family.title) as progress:
+        plans = retarget(plan_source(source, args.rank), model_layers(source.shapes, source.prefix), args.target)
+        check_room(args.out, file_bytes(source, plans))
 
         def update(done: int, total: int, name: str) -> None:
             progress.update(done + 1 - progress.n)
@@ -142,6 +147,7 @@ def run_calibrate(args) -> None:
     from ..checkpoints.source import open_source
     from ..quant.calib import report
     from ..quant.calib.presets import preset
+    from ..writing import whole
     from . import calibrate, pipeline
 
     texts = calibrate.texts(args.prompts, args.domain, args.samples, args.seed)
@@ -160,7 +166,7 @@ def run_calibrate(args) -> None:
     print(report.summary(layers, args.preset))
     print(result.summary())
     if args.report:
-        args.report.write_text(report.page(layers, args.preset, f"{args.out.name}: error by layer"), encoding="utf-8")
+        whole.text(args.report, report.page(layers, args.preset, f"{args.out.name}: error by layer"))
         print(args.report)
     print(result.path)
 

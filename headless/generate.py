@@ -9,6 +9,8 @@ from .. import demo as shipped
 from ..lora.apply import apply
 from ..lora.read import read_file
 from ..prompts import domain, expand
+from ..writing import whole
+from ..writing.room import check_room
 from . import pipeline, sheet
 
 
@@ -16,6 +18,7 @@ def generate(args, steps: int, on_step: Callable[[], None], say: Callable[[str],
     """Writes one PNG per prompt with the seed in its name; returns their paths. ``args``: the command line's. ``say``
     hears about LoRAs of which a part is not applied.
     """
+    check_room(args.out / "nibble.png", 0)
     is_demo = args.model is None
     pipe = pipeline.load_pipeline(shipped.MODEL if is_demo else args.model)
     if args.quantized is not None:
@@ -39,7 +42,6 @@ def generate(args, steps: int, on_step: Callable[[], None], say: Callable[[str],
         prompts = [expand.expand(template, p, args.seed + i) for i, p in enumerate(prompts)]
     cfg = args.cfg if args.cfg is not None else (1.0 if args.lcm else 3.0)
     pictures = pipeline.sample(pipe, prompts, steps, cfg, args.seed, on_step=on_step)
-    args.out.mkdir(parents=True, exist_ok=True)
     return [_save(picture, args.out, args.seed + i) for i, picture in enumerate(pictures)]
 
 
@@ -69,5 +71,5 @@ def _save(picture, folder: Path, seed: int) -> Path:
     number = 0
     while (path := folder / f"nibble_{seed}_{number:03}.png").exists():
         number += 1
-    sheet.to_image(picture).save(path)
+    whole.picture(path, sheet.to_image(picture))
     return path

@@ -19,7 +19,7 @@ from . import (
     slim,
     training,
 )
-from .bridge import history
+from .bridge import history, outputs
 
 TOPICS = (
     models,
@@ -43,6 +43,7 @@ class NibbleExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         history.add_routes()
+        outputs.sweep()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [node for topic in TOPICS for node in topic.NODES]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..reading import picture
 from .expand import Prompt
 from .reader import DomainError
 
@@ -50,13 +51,10 @@ def to_text(record: dict) -> str:
 
 def read(png: Path) -> dict[str, dict]:
     """node id -> record, of a picture that ComfyUI saved. Raises DomainError when it has none."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(png) as picture:
-            written = picture.info.get(KEY)
-    except (UnidentifiedImageError, FileNotFoundError):
-        raise DomainError(f"{png.name}: not a picture") from None
+        written = picture.info(png).get(KEY)
+    except picture.PictureError as e:
+        raise DomainError(str(e)) from None
     try:
         found = json.loads(written) if written else {}
     except ValueError:

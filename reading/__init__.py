@@ -1,1 +1,1 @@
-"""What people wrote: the text of their files, and the names of these files as a sentence shows them."""
+"""What people have: the text and the pictures in their files, and the names of these files as a sentence shows them."""

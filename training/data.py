@@ -2,8 +2,9 @@
 
 captions   ``<picture>.txt`` beside it; else its line in a .jsonl (``file_name``; ``text`` or ``caption``) or .csv (the
            same columns) of the folder, read by the rules of reading/textfile.py
-buckets    widths and heights, multiples of ``step``, of about ``side``^2 pixels, at most 2 : 1; each picture is scaled
-           and cropped at its middle to the bucket of the nearest shape, and a batch comes from one bucket
+pictures   read by the rules of reading/picture.py
+buckets    widths and heights, multiples of ``step``, of about ``side``^2 pixels, at most 2 : 1; the middle of each
+           picture is scaled to the bucket of the nearest shape, and a batch comes from one bucket
 """
 
 from __future__ import annotations
@@ -15,16 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..reading import textfile
+from ..reading import picture, textfile
 from ..reading.names import place, shown
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 MAX_TABLE = 2**26
-MAX_PIXELS = 2**26
 WIDEST = 2.0
 
 
@@ -51,9 +48,11 @@ def examples(folder: Path) -> list[Example]:
     """
     if not folder.is_dir():
         raise ValueError(f"{shown(folder.name)}: there is no such folder. Put pictures with captions into one")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in picture.ENDINGS and p.is_file())
     if not files:
-        raise ValueError(f"{shown(folder.name)}: there are no pictures in it ({', '.join(ENDINGS)}). Put some there")
+        raise ValueError(
+            f"{shown(folder.name)}: there are no pictures in it ({', '.join(picture.ENDINGS)}). Put some there"
+        )
     beside = {p: p.with_suffix(".txt") for p in files if p.with_suffix(".txt").is_file()}
     table = _tables(folder, {p.name for p in files if p not in beside})
     found = [Example(p, textfile.caption_file(beside[p]) if p in beside else table.get(p.name, "")) for p in files]
@@ -98,25 +97,13 @@ def buckets(side: int) -> list[tuple[int, int]]:
 
 
 def fitted(path: Path, side: int) -> Tensor:
-    """(3, H, W) in [-1, 1]: the picture in its bucket, transparent parts white. Raises ValueError for a file that is no
-    picture, or is one of more than 67 megapixels.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{path.name} has {image.width} x {image.height} pixels. Make it smaller")
-            picture = image.convert("RGBA")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path.name} cannot be read as a picture. Save it again as PNG or JPEG") from e
-    flat = Image.new("RGB", picture.size, "white")
-    flat.paste(picture, mask=picture)
-    ratio = math.log(flat.width / flat.height)
-    width, height = min(buckets(side), key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), abs(b[0] * b[1] - side**2)))
-    scale = max(width / flat.width, height / flat.height)
-    size = max(width, round(flat.width * scale)), max(height, round(flat.height * scale))
-    scaled = flat.resize(size, Image.Resampling.LANCZOS)
-    left, top = (size[0] - width) // 2, (size[1] - height) // 2
-    array = np.asarray(scaled.crop((left, top, left + width, top + height)))
+    """(3, H, W) in [-1, 1]: the middle of a picture in its bucket. Raises ValueError for what is no picture."""
+
+    def bucket(width: int, height: int) -> tuple[int, int]:
+        ratio = math.log(width / height)
+        return min(buckets(side), key=lambda b: (abs(math.log(b[0] / b[1]) - ratio), abs(b[0] * b[1] - side**2)))
+
+    array = np.asarray(picture.fitted(path, bucket))
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float().div(127.5).sub(1)
 
 

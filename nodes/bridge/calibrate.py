@@ -22,7 +22,8 @@ from ...quant.calib.engine import Job, Layer, Watch
 from ...quant.calib.presets import preset as preset_row
 from ...quant.policy import LayerPlan, plan, retarget
 from ...quant.schemes import KEEP
-from . import selfcheck
+from ...writing import unfinished
+from . import outputs, selfcheck
 from .build import weight_of, with_layers
 
 FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
@@ -62,7 +63,7 @@ def split(positive, negative) -> tuple:
 
 
 def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: str | None = None):
-    """(new MODEL, {layer: solved}, markdown report, PIL chart). ``folder``: where an interrupted run is kept.
+    """(new MODEL, {layer: solved}, markdown report, PIL chart). ``folder``: where unfinished runs are kept.
 
     Raises ValueError in one sentence for a model that is 4-bit already, compiled, or has nothing to quantize.
     """
@@ -84,26 +85,33 @@ def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: 
         seed=settings.seed,
         fit=settings.budget - _other_bytes(model, plans) if settings.budget else None,
     )
-    store = resume.Folder(folder, _signature(model, inputs, settings, plans))
     progress = Progress(node_id, len(job.plans))
-    watch = Watch(progress.layer, comfy.model_management.throw_exception_if_processing_interrupted, store)
-    layers = engine.calibrate(module, job, watch)
-    out = with_layers(model, layers, dtype)
-    out.attachments["nibble_record"] = _record(settings, inputs, layers, family)
-    store.clear()
-    return out, layers, report.table(layers, row.id), report.chart(layers, f"{family}: relative output error by layer")
+    signature, what = _signature(model, inputs, settings, plans), f"Calibrate to 4-bit, {family}"
+    with unfinished.run(folder, signature, what, engine.solved_bytes(_shapes(module), job.plans)) as kept:
+        store = None if kept.folder is None else resume.Folder(kept.folder)
+        watch = Watch(progress.layer, comfy.model_management.throw_exception_if_processing_interrupted, store)
+        layers = engine.calibrate(module, job, watch)
+        out = with_layers(model, layers, dtype)
+        out.attachments["nibble_record"] = _record(settings, inputs, layers, family)
+        kept.finish()
+    said = outputs.with_notes(report.table(layers, row.id), [*(store.notes() if store else ()), *kept.notes])
+    return out, layers, said, report.chart(layers, f"{family}: relative output error by layer")
 
 
 def plans_of(model, settings: Settings) -> tuple[dict[str, LayerPlan], str]:
     """(plan of every linear by its native name, family title)."""
     module = model.model.diffusion_model
-    shapes = {n: (m.out_features, m.in_features) for n, m in module.named_modules() if hasattr(m, "in_features")}
+    shapes = _shapes(module)
     names = {k: tuple(v.shape) for k, v in module.state_dict().items()} | {f"{n}.weight": s for n, s in shapes.items()}
     family, _ = families.detect(names)
     plans = retarget(plan(shapes, family.rules, settings.rank), shapes, settings.target)
     if all(p.scheme == KEEP for p in plans.values()):
         raise ValueError("Nothing in this model can be quantized: no linear layer has a width that is a multiple of 64")
     return plans, family.title
+
+
+def _shapes(module) -> dict[str, tuple[int, int]]:
+    return {n: (m.out_features, m.in_features) for n, m in module.named_modules() if hasattr(m, "in_features")}
 
 
 def refuse_quantized(module, remedy: str) -> None:

@@ -11,14 +11,13 @@ from pathlib import Path
 import folder_paths
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 
 from ...checkpoints import header
-from ...reading import textfile
+from ...reading import picture, textfile
+from ...writing import unfinished
 
 NONE = "none"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DEPTH, MOST = 2, 500  # of the list of folders
 
 
@@ -32,7 +31,8 @@ def choices() -> list[str]:
     for name, root in roots().items():
         for folder, below, _ in os.walk(root):
             relative = Path(folder).relative_to(root)
-            below[:] = sorted(d for d in below if not d.startswith(".")) if len(relative.parts) < DEPTH else []
+            shown = [d for d in below if not d.startswith(".") and d != unfinished.FOLDER]
+            below[:] = sorted(shown) if len(relative.parts) < DEPTH else []
             out.append("/".join((name, *relative.parts)))
             if len(out) > MOST:
                 return out
@@ -87,7 +87,7 @@ def of_batch(images: torch.Tensor, name: str) -> Pictures:
 def of_folder(choice: str) -> Pictures:
     """What a folder holds: pictures, else features. Raises ValueError when it holds neither."""
     folder = resolve(choice)
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and p.is_file())
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in picture.ENDINGS and p.is_file())
     if files:
         texts = [p.with_suffix(".txt") for p in files]
         captions = tuple(map(textfile.caption_file, texts)) if all(map(Path.is_file, texts)) else ()
@@ -110,9 +110,4 @@ def features_of(path: Path) -> torch.Tensor:
 
 def read(path: Path) -> torch.Tensor:
     """A picture as (1, H, W, 3) in [0, 1]. Raises ValueError for a file that is not one."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path.name}: it cannot be read as a picture. Remove it from the folder") from e
-    return torch.from_numpy(pixels)[None]
+    return torch.from_numpy(np.array(picture.read(path))).float().div_(255)[None]

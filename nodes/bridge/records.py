@@ -12,6 +12,7 @@ from ...profiling import calibrate, tables
 from ...profiling.calibrate import Constants
 from ...profiling.report import FORMAT, MAX_BYTES, Run, from_json
 from ...profiling.timeline import timeline
+from ...writing import whole
 
 FOLDER = "nibble"
 ENDINGS = (".json", ".md", ".csv", ".png")
@@ -66,23 +67,11 @@ def new_files(prefix: str) -> Files:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes through a temporary file in the same folder, so that nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole.data(path, data)
 
 
 def write_picture(path: Path, image) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        image.save(part, "PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole.picture(path, image)
 
 
 def saved() -> list[str]:

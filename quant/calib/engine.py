@@ -65,11 +65,21 @@ class Layer:
 
 
 class Store(Protocol):
-    """Keeps solved layers of an unfinished run; see checkpoints.resume for one on disk."""
+    """Keeps solved layers of an unfinished run, what its observations saw (``run``: which of them), and the plans that
+    fit a budget; see checkpoints.resume for one on disk.
+    """
 
     def get(self, name: str) -> Layer | None: ...
 
     def put(self, layer: Layer) -> None: ...
+
+    def recall(self, run: int, observer: Observer) -> bool: ...
+
+    def remember(self, run: int, observer: Observer) -> None: ...
+
+    def plans(self) -> dict[str, LayerPlan] | None: ...
+
+    def put_plans(self, plans: Mapping[str, LayerPlan]) -> None: ...
 
 
 @dataclass
@@ -84,8 +94,10 @@ class Watch:
 class Collection:
     """The input samples of a module's layers: collected on the first walk, kept for the next if one run held all."""
 
-    def __init__(self, module: nn.Module, job: Job, names: list[str], check: Callable[[], None]):
-        self.module, self.job, self.names = module, job, names
+    def __init__(
+        self, module: nn.Module, job: Job, names: list[str], check: Callable[[], None], store: Store | None = None
+    ):
+        self.module, self.job, self.names, self.store, self.run = module, job, names, store, 0
         self.homes: dict[str, list[str]] = {}
         for name in names if job.preset.needs_data else ():
             self.homes.setdefault(job.place(name), []).append(name)
@@ -111,10 +123,19 @@ class Collection:
         if not self.homes:
             return
         self.observer.forget()
-        for reservoirs in runs_needed(self.observer, self.job.run, self.module):
+        self.run = 0
+        for reservoirs in runs_needed(self.observer, self._run, self.module):
             if not self.observer.waiting and len(reservoirs) == len(set(self.observer.leader.values())):
                 self._kept = dict(reservoirs)
             yield reservoirs
+
+    def _run(self) -> None:
+        """The job's run; from the store where a run that was stopped got that far."""
+        if self.store is None or not self.store.recall(self.run, self.observer):
+            self.job.run()
+            if self.store is not None:
+                self.store.remember(self.run, self.observer)
+        self.run += 1
 
 
 def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[str, Layer]:
@@ -132,9 +153,9 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
             done[name] = kept
     if len(done) == len(wanted):
         return {n: done[n] for n in wanted}
-    # All layers are watched again, so that those still to do share their inputs with the same ones as in a whole run.
-    collection = Collection(module, job, wanted, watch.check)
-    plans = job.plans if job.fit is None else _fitted(collection, job, watch.check)
+    # All layers are watched, also those that are done, so that the others share their inputs with the same ones.
+    collection = Collection(module, job, wanted, watch.check, watch.store)
+    plans = job.plans if job.fit is None else _fitted(collection, job, watch)
     for name, sample in collection.walk():
         watch.check()
         if name in done:
@@ -147,14 +168,20 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
     return {n: done[n] for n in wanted}
 
 
-def _fitted(collection: Collection, job: Job, check: Callable[[], None]) -> dict[str, LayerPlan]:
+def _fitted(collection: Collection, job: Job, watch: Watch) -> dict[str, LayerPlan]:
     """Plans within ``job.fit`` bytes, by each layer's quickly measured error."""
+    kept = watch.store.plans() if watch.store else None
+    if kept is not None:
+        return kept
     options: dict[str, list[allocate.Option]] = {}
     for name, sample in collection.walk():
-        check()
+        watch.check()
         weight, _ = _float_weight(name, job)
         options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
-    return allocate.fit(options, job.fit)
+    plans = allocate.fit(options, job.fit)
+    if watch.store:
+        watch.store.put_plans(plans)
+    return plans
 
 
 def _float_weight(name: str, job: Job) -> tuple[Tensor, Tensor | None]:
@@ -190,8 +217,13 @@ def peak_bytes(shapes: Mapping[str, tuple[int, int]], job: Job) -> int:
     """
     widest = max(k for _, k in shapes.values())
     reservoirs = max(job.budget, 2 * widest * limit_for(widest, job.preset.tokens)) if job.preset.needs_data else 0
-    solved = sum(allocate.stored_bytes(job.plans[n], shape) + 4 * shape[0] for n, shape in shapes.items())
-    return reservoirs + max(working_bytes(*shape, job.preset) for shape in shapes.values()) + solved
+    working = max(working_bytes(*shape, job.preset) for shape in shapes.values())
+    return reservoirs + working + solved_bytes(shapes, {n: job.plans[n] for n in shapes})
+
+
+def solved_bytes(shapes: Mapping[str, tuple[int, int]], plans: Mapping[str, LayerPlan]) -> int:
+    """Bytes of all planned layers once they are solved."""
+    return sum(allocate.stored_bytes(plan, shapes[n]) + 4 * shapes[n][0] for n, plan in plans.items())
 
 
 def working_bytes(n: int, k: int, preset: Preset) -> int:

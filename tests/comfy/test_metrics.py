@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,27 @@ def test_what_cannot_be_scored_is_said(server, sets, pictures):
     (folder / "y.png").write_bytes(b"nonsense")
     graph = scored(folder="output/nibble_sets/odd", prompts="a fox", image_reward=True)
     assert "ImageReward is left out" in server.run(graph).error  # said before a picture is opened
+
+
+def peak_of(server) -> int:
+    """Bytes of the largest memory that the server has had."""
+    status = Path(f"/proc/{server.process.pid}/status")
+    if not status.exists():
+        pytest.skip("needs /proc")
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def test_a_picture_that_claims_too_much_is_refused(server):
+    """13,000 x 13,000 in 20 KB took 3.9 GB before it was scored."""
+    folder = server.base / "output" / "nibble_sets" / "bombs"
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("1", (13_000, 13_000), 1).save(folder / "a.png", optimize=True)
+    demo = {"1": node("NibbleLoadDemo", precision="16-bit", rank=16)}
+    graph = scored(folder="output/nibble_sets/bombs", prompts="a fox", clip=["1", 1], clip_vision=["1", 3])
+    before = peak_of(server)
+    error = server.run(graph | demo).error
+    assert "a.png: 13000 x 13000 pixels, more than 67 megapixels, the most that is read. Make it smaller" in error
+    assert peak_of(server) - before < 2**30
 
 
 def test_scores_through_comfyui_are_those_of_transformers(inside, tmp_path):

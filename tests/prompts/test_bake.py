@@ -87,7 +87,7 @@ def test_a_record_is_read_back(small, tmp_path):
     with pytest.raises(DomainError, match=r"b\.png: no domain prompt is recorded in it"):
         record.read(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"x")
-    with pytest.raises(DomainError, match=r"c\.png: not a picture"):
+    with pytest.raises(DomainError, match=r"c\.png: it cannot be read as a picture"):
         record.read(tmp_path / "c.png")
 
 

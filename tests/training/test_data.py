@@ -40,10 +40,10 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x.jsonl, line 1: it is not JSON"):
         data.examples(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    with pytest.raises(ValueError, match=r"broken.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken.png: it cannot be read as a picture"):
         data.fitted(tmp_path / "broken.png", 64)
     (tmp_path / "page.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n")
-    with pytest.raises(ValueError, match=r"page.png cannot be read"):
+    with pytest.raises(ValueError, match=r"page.png: it cannot be read"):
         data.fitted(tmp_path / "page.png", 64)
 
 

@@ -1,5 +1,6 @@
 """The loop: exact arithmetic, the same weights however often it was stopped, and one sentence for what is wrong."""
 
+import errno
 import math
 import os
 import signal
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from comfyui_nibble.training.loop import Plan, Watch, learning_rate, train
+from comfyui_nibble.training.loop import SAVE_SECONDS, Plan, Saver, Watch, learning_rate, train
 
 TARGET = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -115,6 +116,74 @@ def test_killed_and_resumed_equals_one_run(tmp_path):
     again, result = run(plan, work=tmp_path, watch=Watch(lambda done, _t, _l: steps.append(done)))
     assert 20 <= steps[0] < 200 and len(result.losses) == 200
     assert torch.equal(again, run(plan)[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_damaged_state_is_set_aside_and_named(tmp_path, content):
+    """It was a raw SafetensorError, again and again until somebody deleted the file."""
+    plan = Plan("toy", 12, 8, 0.05, ema=0.9)
+    whole, _ = run(plan)
+    with pytest.raises(Stopped):
+        run(plan, work=tmp_path, watch=Watch(stop_after(5)))
+    path = tmp_path / "toy.state.safetensors"
+    written = bytearray(path.read_bytes())
+    written[-20] ^= 1  # one bit of a value
+    path.write_bytes(bytes(written) if content is None else written[: len(written) // 2] if content else b"")
+    again, result = run(plan, work=tmp_path)
+    assert torch.equal(again, whole) and len(result.losses) == 12
+    assert result.notes == ("What was kept of this run was damaged and is now toy.state.safetensors.damaged: it began "
+                            "anew",)  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.damaged"]
+
+
+@pytest.mark.parametrize("number, why", [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the disk is read-only")])
+def test_a_state_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, number, why):
+    plan = Plan("toy", 12, 8, 0.05)
+    whole, _ = run(plan)
+
+    def refuse(*_args):
+        raise OSError(number, os.strerror(number), "/home/someone/x")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    got, result = run(plan, work=tmp_path, save_every=0)
+    assert torch.equal(got, whole) and list(tmp_path.iterdir()) == []
+    (note,) = result.notes  # once, not for each update
+    assert note.startswith("What the run had reached could not be kept: toy.state") and why in note
+    with pytest.raises(Stopped):  # and hides nothing that is raised
+        run(plan, work=tmp_path, watch=Watch(stop_after(3)))
+
+
+def test_states_come_by_share_and_by_time_and_cost_little():
+    """A clock that is told how long an update and a save take: (steps, seconds of an update, of a save) -> saves."""
+
+    def after(steps: int, update: float, save: float) -> tuple[list[int], float]:
+        now = 0.0
+        saver, saved, spent = Saver(steps, 0, SAVE_SECONDS, lambda: now), [], 0.0
+        for done in range(1, steps + 1):
+            now += update
+            if saver.due(done):
+                now += save
+                saver.saved(done)
+                saved.append(done)
+                spent += save
+        return saved, spent / now
+
+    saved, share = after(100, 1.0, 0.01)
+    assert saved == list(range(5, 101, 5)) and share < 0.02  # every 5 %
+    saved, share = after(1000, 10.0, 0.1)
+    assert saved[:3] == [6, 13, 19] and share < 0.02  # every minute, where 5 % are longer
+    saved, share = after(100, 0.01, 0.05)  # a second in all: saving each 5 % would double it
+    assert saved[0] == 5 and len(saved) == 2 and saved[-1] == 100
+    saved, share = after(20_000, 1.0, 30.0)  # a huge state
+    assert saved[0] == 60 and len(saved) > 2 and share < 0.025
+
+
+def stop_after(count: int):
+    def stop(done: int, _total: int, _loss: float) -> None:
+        if done == count:
+            raise Stopped
+
+    return stop
 
 
 def test_what_is_refused(tmp_path):

@@ -46,14 +46,14 @@ try:
 except mm.InterruptProcessingException:
     result["stopped"] = True
 bridge.tell = lambda _node, text: told.append(text)
-result["left"] = sorted(p.suffix for p in out.rglob("*.safetensors") if "nibble-training" in str(p))
+result["left"] = sorted(p.suffix for p in out.rglob("*.safetensors") if "nibble_unfinished" in str(p))
 result["file while stopped"] = (out / "stopped.safetensors").exists()
 del told[:]
 train("resumed")
 result["first told"] = next(t for t in told if t.startswith("step"))
 one, two = (load_file(out / f"{n}.safetensors") for n in ("whole", "resumed"))
 result["same file"] = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-result["nothing left"] = list((out / "nibble-training").iterdir()) == []
+result["nothing left"] = not (out / "nibble_unfinished").exists()
 result["keys"] = sorted({k.split(".", 1)[0] for k in one}), len(one)
 unet = parts[0].model.diffusion_model
 result["forwards left"] = sum("forward" in m.__dict__ for m in unet.modules())
