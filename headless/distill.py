@@ -153,7 +153,8 @@ def run_distill(args: argparse.Namespace) -> None:
     about = {k: getattr(args, k) for k in ("way", "updates", "batch", "rank", "rate", "cfg", "steps", "seed")}
     info = {"modelspec.title": args.out.stem, "nibble_distill": json.dumps(about, sort_keys=True)}
     state = loras.state_dict(rename=train.native_names(both.pipe.unet))
-    save(args.out, state, info | record(method=f"distill {args.way}"))
+    with kept.writing(outcome.kept):
+        save(args.out, state, info | record(method=f"distill {args.way}"))
     kept.finish()
     for note in kept.notes:
         log.warning(note)
@@ -219,8 +220,11 @@ def write(args: argparse.Namespace, weights: dict, about: dict) -> None:
 
 
 def _free(out: Path) -> None:
+    from ..writing.room import check_room
+
     if out.exists():
         raise ValueError(f"{out.name}: there is a file of this name already. Choose another name")
+    check_room(out, 0)
 
 
 def _bar(total: int):

@@ -183,11 +183,14 @@ def run_train(args: argparse.Namespace) -> None:
 
     from ..checkpoints.save import save
     from ..training import lora
+    from ..training.data import examples
     from ..training.loop import Watch
     from ..writing.room import check_room
 
     if args.out.exists():
         raise ValueError(f"{args.out.name}: there is a file of this name already. Choose another name")
+    check_room(args.out, 0)
+    examples(args.folder)  # what is wrong with it is said before the model is loaded
     pipe = load(args)
     size = lora.file_bytes(pipe.unet, args.rank)
     check_room(args.out, size)
@@ -204,7 +207,8 @@ def run_train(args: argparse.Namespace) -> None:
 
         loras, outcome = train(pipe, found, recipe, args.rank, kept.folder, Watch(step), not args.keep_16_bit)
         state = loras.state_dict(rename=native_names(pipe.unet))
-        save(args.out, state, lora.metadata(recipe, outcome, sum(map(len, found)), args.out.stem))
+        with kept.writing(outcome.result.kept):
+            save(args.out, state, lora.metadata(recipe, outcome, sum(map(len, found)), args.out.stem))
         kept.finish()
     for note in kept.notes:
         log.warning(note)

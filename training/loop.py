@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 COSINE, CONSTANT = "cosine", "constant"
 SCHEDULES = (COSINE, CONSTANT)
 SAVE_SECONDS, SAVE_SHARE, SAVE_COST = 60.0, 0.05, 0.02  # between two states, of the updates, of the run's time
+SAVE_SPEED = 3e8  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def train(
     if state is not None:
         run.resume(state)
     began, before = time.monotonic(), run.seconds
-    saver = Saver(plan.steps, len(run.losses), save_every)
+    saver = Saver(plan.steps, len(run.losses), save_every, sum(4 * p.nbytes for p in params) / SAVE_SPEED)
     try:
         while len(run.losses) < plan.steps:
             run.backward()
@@ -158,12 +159,12 @@ def train(
 
 
 class Saver:
-    """Says when to save; see `train`."""
+    """Says when to save; see `train`. ``cost``: seconds that the first save is expected to take."""
 
-    def __init__(self, steps: int, done: int, every: float, clock: Callable[[], float] = time.monotonic):
-        self.steps, self.done, self.every, self.clock = steps, done, every, clock
+    def __init__(self, steps: int, done: int, every: float, cost: float, clock: Callable[[], float] = time.monotonic):
+        self.steps, self.done, self.every, self.cost, self.clock = steps, done, every, cost, clock
         self.began = self.at = self.asked = clock()
-        self.spent = self.cost = 0.0  # seconds of all saves, of the last one
+        self.spent = 0.0
 
     def due(self, done: int) -> bool:
         """Whether to save after update ``done``; `saved` is told afterwards."""

@@ -30,6 +30,7 @@ if os.name != "nt":
 FOLDER = "nibble_unfinished"
 MOST_RUNS, MOST_BYTES = 8, 2**34
 RECORD, LOCK = "run.json", "lock"
+ENDED = "What was trained is kept, and the same run only writes it."
 
 
 @dataclass
@@ -54,6 +55,14 @@ class Kept:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # others are kept there
                 self.folder.parent.rmdir()
+
+    @contextmanager
+    def writing(self, ended: bool) -> Iterator[None]:
+        """A result that cannot be written in the block is not lost, and that is said, where all of the run is kept."""
+        try:
+            yield
+        except WriteError as e:
+            raise e.saying(ENDED) if ended else e from e
 
     def _release(self) -> None:
         if self._lock is not None:

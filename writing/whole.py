@@ -40,7 +40,11 @@ class WriteError(ValueError):
 
     def __init__(self, name: str, why: str, remedy: str, errno: int | None = None):
         super().__init__(f"{shown(name)}: {why}. {remedy}")
-        self.why, self.remedy, self.errno = why, remedy, errno
+        self.name, self.why, self.remedy, self.errno = name, why, remedy, errno
+
+    def saying(self, more: str) -> WriteError:
+        """The same with the sentence ``more`` before what to do."""
+        return type(self)(self.name, self.why, f"{more} {self.remedy}", self.errno)
 
     @classmethod
     def of(cls, error: OSError, name: str, more: str = "") -> WriteError:

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import folder_paths
 
+from ...checkpoints.errors import CheckpointError
 from ...reading.names import shown
 from ...writing import orphans, unfinished, whole
 from .. import files
 
 log = logging.getLogger(__name__)
 INSTEAD = "nibble_rescued"  # below the temp folder
+_elsewhere: set[Path] = set()  # what is there instead
 
 
 def new(prefix: str, ending: str = ".safetensors") -> Path:
@@ -28,16 +30,17 @@ def save(out: Path, write: Callable[[Path], object], kept: bool = False) -> str:
     """Has ``write`` make the file ``out``, or one in the temp folder where that cannot be: what took long is not lost.
     What to tell about it, "" for nothing. Raises WriteError where neither can be; ``kept``: it is soon made again.
     """
+    _elsewhere.discard(out)
     try:
         write(out)
-    except whole.WriteError as e:
+    except (whole.WriteError, CheckpointError) as e:  # the latter: the name was taken meanwhile
         instead = _instead(out)
         whole.remove(instead)
         try:
             write(instead)
         except whole.WriteError:
-            left = "What was trained is kept, and the same run only writes it. " if kept else ""
-            raise whole.WriteError(out.name, e.why, left + e.remedy, e.errno) from e
+            raise e.saying(unfinished.ENDED) if kept and isinstance(e, whole.WriteError) else e from None
+        _elsewhere.add(out)
         log.warning("%s. It is kept as %s", e, name_of(out))
         return f"{e}. It is kept as {shown(name_of(out))} until ComfyUI is started again: copy it from there"
     return ""
@@ -45,9 +48,7 @@ def save(out: Path, write: Callable[[Path], object], kept: bool = False) -> str:
 
 def name_of(out: Path) -> str:
     """The name of what `save` made of ``out``: below output/, or temp/ and the rest."""
-    if not out.exists() and _instead(out).exists():
-        return f"temp/{INSTEAD}/{out.name}"
-    return files.below_output(str(out))
+    return f"temp/{INSTEAD}/{out.name}" if out in _elsewhere else files.below_output(str(out))
 
 
 def _instead(out: Path) -> Path:

@@ -61,6 +61,7 @@ def undisturbed(server, graph: dict, name: str) -> bytes:
     """The file ``name`` again, made from nothing under the same name."""
     (server.base / "output" / name).unlink()
     server.post("/free", {"free_memory": True, "unload_models": True})
+    time.sleep(3)  # it is done beside the queue
     result = server.done(graph)
     assert "Went on with" not in result.text("report") and result.text("file") == name
     return (server.base / "output" / name).read_bytes()

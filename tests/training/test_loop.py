@@ -158,7 +158,7 @@ def test_states_come_by_share_and_by_time_and_cost_little():
 
     def after(steps: int, update: float, save: float) -> tuple[list[int], float]:
         now = 0.0
-        saver, saved, spent = Saver(steps, 0, SAVE_SECONDS, lambda: now), [], 0.0
+        saver, saved, spent = Saver(steps, 0, SAVE_SECONDS, save, lambda: now), [], 0.0
         for done in range(1, steps + 1):
             now += update
             if saver.due(done):
@@ -173,9 +173,9 @@ def test_states_come_by_share_and_by_time_and_cost_little():
     saved, share = after(1000, 10.0, 0.1)
     assert saved[:3] == [6, 13, 19] and share < 0.02  # every minute, where 5 % are longer
     saved, share = after(100, 0.01, 0.05)  # a second in all: saving each 5 % would double it
-    assert saved[0] == 5 and len(saved) == 2 and saved[-1] == 100
+    assert saved == [100]
     saved, share = after(20_000, 1.0, 30.0)  # a huge state
-    assert saved[0] == 60 and len(saved) > 2 and share < 0.025
+    assert saved[:2] == [1500, 2970] and share < 0.022  # and the end
 
 
 def stop_after(count: int):
