@@ -50,6 +50,12 @@ class Folder:
         return [went_on, *self._notes] if self.found or self.recalled else self._notes
 
     def get(self, name: str) -> Layer | None:
+        layer = self.read(name)
+        self.found += layer is not None
+        return layer
+
+    def read(self, name: str) -> Layer | None:
+        """As `get`, for a layer that this run has put there."""
         read = self._load(_file(name))
         if read is None:
             return None
@@ -61,14 +67,13 @@ class Folder:
         if layer is None or layer.name != name:
             self._note("A layer that was kept could not be read and is solved again")
             return None
-        self.found += 1
         return layer
 
-    def put(self, layer: Layer) -> None:
+    def put(self, layer: Layer) -> bool:
         weight = layer.solved.weight
         ours = isinstance(weight, SVDQuantWeight | AWQWeight)
         if not ours and not layer.plan.reason.startswith(PROMOTED):
-            return  # made in a moment
+            return False  # made in a moment
         values = {k: v for k, v in vars(layer).items() if k not in ("plan", "solved")} | {"plan": asdict(layer.plan)}
         values["solved"] = {k: v for k, v in vars(layer.solved).items() if k not in ("weight", "bias")}
         if ours:
@@ -80,7 +85,7 @@ class Folder:
             tensors, values["dense"] = {f"{ENTRY}.weight": weight}, True
         if layer.solved.bias is not None:
             tensors[f"{ENTRY}.bias"] = layer.solved.bias
-        self._save(_file(layer.name), tensors, values)
+        return self._save(_file(layer.name), tensors, values)
 
     def recall(self, run: int, observer: Observer) -> bool:
         read = self._load(f"seen-{run}.safetensors")
@@ -162,7 +167,7 @@ def _layer(tensors: dict[str, Tensor], values: dict) -> Layer:
     return Layer(**{**values, "plan": LayerPlan(**values["plan"]), "shape": shape, "solved": solved})
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A short digest of names, shapes and contents. Contents by sums in float64 and a few values: fast, and any
     retrained or patched weight changes it.
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -79,6 +80,28 @@ def fitting(name: str, info: Mapping[str, str], optional: Iterable[str]) -> dict
     return info
 
 
+@contextmanager
+def writing(
+    path: str | Path,
+    entries: Mapping[str, tensor_files.Entry],
+    info: Mapping[str, str],
+    overwrite: bool = False,
+    optional: Iterable[str] = (),
+) -> Iterator[tensor_files.Writer]:
+    """Hands out what takes the tensors of a safetensors file one at a time: see `writing.tensors.writing`.
+
+    ``optional``: keys of ``info`` that may be left out where it would be too large to be read. Raises CheckpointError
+    when ``path`` exists, and for what could not be read again; WriteError when it cannot be written.
+    """
+    path = Path(path)
+    if not overwrite:
+        require_free(path)
+    info = {"format": "pt", **fitting(path.name, info, optional)}
+    require_readable(path.name, len(entries), info)
+    with tensor_files.writing(path, entries, info, overwrite) as writer:
+        yield writer
+
+
 def save(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -86,16 +109,11 @@ def save(
     overwrite: bool = False,
     optional: Iterable[str] = (),
 ) -> Path:
-    """Writes a safetensors file, whole or not at all. ``optional``: keys of ``info`` that may be left out where it
-    would be too large to be read. Raises CheckpointError when ``path`` exists, and for what could not be read again;
-    WriteError when it cannot be written.
-    """
-    path = Path(path)
-    if not overwrite:
-        require_free(path)
-    info = {"format": "pt", **fitting(path.name, info, optional)}
-    require_readable(path.name, len(tensors), info)
-    return tensor_files.save(path, tensors, info, overwrite)
+    """Writes a safetensors file, whole or not at all. Arguments and errors are those of `writing`."""
+    with writing(path, tensor_files.entries(tensors), info, overwrite, optional) as writer:
+        for name in writer.names:
+            writer.write(name, tensors[name])
+    return Path(path)
 
 
 def record(**values) -> dict[str, str]:

@@ -14,6 +14,7 @@ from ..checkpoints import resume
 from ..checkpoints.convert import Conversion, Options, check_names, model_layers, plan_source, quantize, side_dtype
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.header import BYTES
+from ..checkpoints.lazy import Asked
 from ..checkpoints.save import require_free
 from ..checkpoints.source import Source
 from ..prompts import batch, calibration
@@ -112,7 +113,7 @@ def file_bytes(source: Source, plans: Mapping[str, LayerPlan]) -> int:
 
 def signature(source: Source, work: Job, inputs: Inputs) -> str:
     """Changes with anything the result depends on."""
-    weights = {n: work.weight(n)[0] for n in work.plans}
+    weights = Asked(work.plans, lambda n: work.weight(n)[0])
     plans = {n: [p.scheme, p.rank, p.act_unsigned] for n, p in work.plans.items()}
     drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed, work.fit]
     values = dict(
@@ -140,17 +141,30 @@ def run(
     root = out.with_name(f".{out.name}.solved")
     with unfinished.run(root, signature(source, work, inputs), f"calibration of {source.name}", need) as kept:
         store = None if kept.folder is None else resume.Folder(kept.folder)
-        layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
-    record = {
-        "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
-        "cfg": inputs.cfg, "prompts_sha256": resume.digest(prompts=list(inputs.prompts)),
-        "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
-        "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
-    }  # fmt: skip
-    plans = options.plans or plan_source(source, options.rank)
-    done = replace(options, solved=layers, calibration=record, plans=plans)
-    conversion = quantize(source, out, done)
-    kept.finish()
+        layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store), hold=False)
+        record = {
+            "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
+            "cfg": inputs.cfg, "prompts_sha256": resume.digest(prompts=list(inputs.prompts)),
+            "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
+            "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
+        }  # fmt: skip
+        plans = options.plans or plan_source(source, options.rank)
+        done = replace(options, solved=layers, kept=_reader(store, out), calibration=record, plans=plans)
+        conversion = quantize(source, out, done)
+        kept.finish()
     for note in [*(store.notes() if store else ()), *kept.notes]:
         log.warning(note)
     return conversion, layers
+
+
+def _reader(store: resume.Folder | None, out: Path) -> Callable[[str], Layer]:
+    """Reads back solved layers, which are not held in memory."""
+
+    def read(name: str) -> Layer:
+        layer = store.read(name)
+        if layer is None:
+            remedy = "Run it again: it goes on with the layers that can be read"
+            raise CheckpointError(out.name, "what was solved of it cannot be read any more", remedy, name)
+        return layer
+
+    return read

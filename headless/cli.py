@@ -111,12 +111,9 @@ def run_demo(args) -> None:
 
 
 def run_quantize(args) -> None:
-    from ..checkpoints.convert import Options, model_layers, plan_source, quantize
+    from ..checkpoints.convert import Options, quantize
     from ..checkpoints.save import require_free
     from ..checkpoints.source import open_source
-    from ..quant.policy import retarget
-    from ..writing.room import check_room
-    from .calibrate import file_bytes
     from .pipeline import device_and_dtype
 
     require_free(args.out)
@@ -128,8 +125,6 @@ def run_quantize(args) -> None:
         raise ValueError("--budget, --report, --prompts and --domain measure layers: add --preset fast or best")
     device, _ = device_and_dtype(args.device)
     with open_source(args.source) as source, bar(len(source.shapes), source.family.title) as progress:
-        plans = retarget(plan_source(source, args.rank), model_layers(source.shapes, source.prefix), args.target)
-        check_room(args.out, file_bytes(source, plans))
 
         def update(done: int, total: int, name: str) -> None:
             progress.update(done + 1 - progress.n)

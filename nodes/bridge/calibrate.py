@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from server import PromptServer
 
 from ...checkpoints import families, resume
+from ...checkpoints.lazy import Asked
 from ...checkpoints.save import record
 from ...quant import kernels
 from ...quant.calib import allocate, engine, report
@@ -163,7 +164,8 @@ def _sample(model, inputs: Inputs, settings: Settings, node_id: str | None) -> N
 
 
 def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, LayerPlan]) -> str:
-    weights = {n: weight_of(model, f"{n}.weight") for n, p in plans.items() if p.scheme != KEEP}
+    planned = [n for n, p in plans.items() if p.scheme != KEEP]
+    weights = Asked(planned, lambda n: weight_of(model, f"{n}.weight"))
     conds = {}
     for i, pair in enumerate(inputs.pairs):
         for side, cond in zip(("positive", "negative"), pair, strict=True):

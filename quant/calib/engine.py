@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..modules import require_float
+from ..modules import require_float, without_values
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
@@ -54,7 +54,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Layer:
-    """One solved layer: its plan, what came out, tokens it saw, seconds it took."""
+    """One solved layer: its plan, what came out, tokens it saw, seconds it took. ``away``: what came out is in the
+    store, and here without values.
+    """
 
     name: str
     plan: LayerPlan
@@ -62,16 +64,17 @@ class Layer:
     solved: Solved
     tokens: int
     seconds: float
+    away: bool = False
 
 
 class Store(Protocol):
     """Keeps solved layers of an unfinished run, what its observations saw (``run``: which of them), and the plans that
-    fit a budget; see checkpoints.resume for one on disk.
+    fit a budget; see checkpoints.resume for one on disk. ``put``: whether the layer is kept.
     """
 
     def get(self, name: str) -> Layer | None: ...
 
-    def put(self, layer: Layer) -> None: ...
+    def put(self, layer: Layer) -> bool: ...
 
     def recall(self, run: int, observer: Observer) -> bool: ...
 
@@ -138,11 +141,12 @@ class Collection:
         self.run += 1
 
 
-def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[str, Layer]:
+def calibrate(module: nn.Module, job: Job, watch: Watch | None = None, hold: bool = True) -> dict[str, Layer]:
     """Solves every planned layer of ``module``; returns them by name in the order of the plan, with the plan they got.
 
     Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
-    Whether a layer's activations are unsigned is what its input says, where one was seen.
+    Whether a layer's activations are unsigned is what its input says, where one was seen. ``hold``: keep the weights
+    in memory, also those that the store has taken.
     """
     watch = watch or Watch()
     wanted = [n for n, p in job.plans.items() if p.scheme != KEEP]
@@ -150,7 +154,7 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
     for name in wanted if watch.store else ():
         kept = watch.store.get(name)
         if kept is not None:
-            done[name] = kept
+            done[name] = kept if hold else _away(kept)
     if len(done) == len(wanted):
         return {n: done[n] for n in wanted}
     # All layers are watched, also those that are done, so that the others share their inputs with the same ones.
@@ -161,11 +165,18 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
         if name in done:
             continue
         layer = _solve(name, sample, plans[name], job)
+        if watch.store and watch.store.put(layer) and not hold:
+            layer = _away(layer)
         done[name] = layer
-        if watch.store:
-            watch.store.put(layer)
         watch.layer(layer, len(done), len(wanted))
     return {n: done[n] for n in wanted}
+
+
+def _away(layer: Layer) -> Layer:
+    bias = None if layer.solved.bias is None else layer.solved.bias.to("meta")
+    return replace(
+        layer, solved=replace(layer.solved, weight=without_values(layer.solved.weight), bias=bias), away=True
+    )
 
 
 def _fitted(collection: Collection, job: Job, watch: Watch) -> dict[str, LayerPlan]:
