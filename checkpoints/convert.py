@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from torch import Tensor
 from ..quant import core_formats
 from ..quant.calib.engine import Layer
 from ..quant.checks import require_float
-from ..quant.modules import quantize_weight
+from ..quant.modules import blank, quantize_weight, without_values
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan, retarget
 from ..quant.schemes import KEEP, SVDQUANT
 from ..quant.svdquant import SVDQuantWeight
+from ..writing.room import check_room
+from ..writing.tensors import Entry, entries, nbytes
 from . import save
 from .errors import CheckpointError
 from .formats import comfy_quant, core_quant
@@ -26,7 +29,6 @@ from .quantized import SIDES
 from .source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]  # done, total, what
-MOST_TENSORS = 6  # of a quantized layer, its bias among them
 NAMES = ("comfy_quant", *SIDES)  # below a layer: what no float source may hold already
 
 
@@ -93,8 +95,8 @@ def side_dtype(source: Source) -> tuple[torch.dtype, bool]:
 @dataclass(frozen=True)
 class Options:
     """How to write. ``solved``: layers that calibration has done, by name below the source's prefix; the others are
-    quantized data-free. ``calibration``: the record's entry on where ``solved`` came from. ``target``: a format of
-    ComfyUI's own instead of svdquant_w4a4, see `quant.policy.retarget`.
+    quantized data-free. ``kept``: reads one of those that are ``away``. ``calibration``: the record's entry on where
+    ``solved`` came from. ``target``: a format of ComfyUI's own instead of svdquant_w4a4, see `quant.policy.retarget`.
     """
 
     rank: int = 32
@@ -103,6 +105,7 @@ class Options:
     device: str = "cpu"
     plans: Mapping[str, LayerPlan] | None = None
     solved: Mapping[str, Layer] = field(default_factory=dict)
+    kept: Callable[[str], Layer] | None = None
     calibration: Mapping | None = None
     target: str = SVDQUANT.id
 
@@ -112,7 +115,7 @@ def quantize(
 ) -> Conversion:
     """The 4-bit file ``out`` of an open ``source`` by its family's policy.
 
-    Never overwrites; raises CheckpointError naming the layer that cannot be done.
+    Never overwrites; raises CheckpointError naming the layer that cannot be done, WriteError where there is no room.
     """
     save.require_free(out)
     options = options or Options()
@@ -120,27 +123,72 @@ def quantize(
         plan_source(source, options.rank), model_layers(source.shapes, source.prefix), options.target
     )
     check_names(source, plans)
-    most = len(source.shapes) + MOST_TENSORS * sum(p.scheme != KEEP for p in plans.values())
-    save.require_readable(Path(out).name, most, _kept_info(source), save.RECORD_ROOM)
-    dtype, shrink = side_dtype(source)
-    tensors: dict[str, Tensor] = {}
+    kind = side_dtype(source)
+    announced, plans = _announced(source, plans, kind, options)
+    out = Path(out)
+    save.require_readable(out.name, len(announced), _kept_info(source), save.RECORD_ROOM)
+    check_room(out, nbytes(announced))
     done: list[Converted] = []
-    for i, name in enumerate(source):
-        if progress is not None:
-            progress(i, len(source.shapes), name)
-        inner = name[len(source.prefix) :] if name.startswith(source.prefix) else ""
-        layer, _, end = inner.rpartition(".")
-        quantized = layer in plans and plans[layer].scheme != KEEP and end in ("weight", "bias")
-        if quantized and end == "weight":
-            stored, row = _quantize_layer(source, layer, plans[layer], dtype, options)
-            tensors |= stored
-            done.append(row)
-        elif not quantized:  # a quantized layer's bias goes with its weight
-            value = source.get(name)
-            tensors[name] = value.to(dtype) if shrink and value.dtype in (torch.float32, torch.float64) else value
-    path = save.save(out, tensors, _info(source, options, done))
+    with save.writing(out, announced, _info(source, options, plans)) as file:
+        for i, name in enumerate(source):
+            if progress is not None:
+                progress(i, len(source.shapes), name)
+            layer, end = _part_of(source, name, plans)
+            if layer is None:
+                file.write(name, _passed(source.get(name), kind))
+            elif end == "weight":  # its bias goes with it
+                stored, row = _quantize_layer(source, layer, plans[layer], kind[0], options)
+                for part, tensor in stored.items():
+                    file.write(part, tensor)
+                done.append(row)
     before = sum(f.stat().st_size for f in source.files)
-    return Conversion(path, source.family.title, tuple(done), before, path.stat().st_size)
+    return Conversion(out, source.family.title, tuple(done), before, out.stat().st_size)
+
+
+def _part_of(source: Source, name: str, plans: Mapping[str, LayerPlan]) -> tuple[str | None, str]:
+    """(the layer in ``plans`` that the tensor ``name`` belongs to, weight or bias); (None, "") for what passes as it
+    is.
+    """
+    inner = name[len(source.prefix) :] if name.startswith(source.prefix) else ""
+    layer, _, end = inner.rpartition(".")
+    return (layer, end) if layer in plans and end in ("weight", "bias") else (None, "")
+
+
+def _passed(value: Tensor, kind: tuple[torch.dtype, bool]) -> Tensor:
+    """What becomes of a tensor that is no part of a 4-bit layer. ``kind``: see `side_dtype`."""
+    dtype, shrink = kind
+    return value.to(dtype) if shrink and value.dtype in (torch.float32, torch.float64) else value
+
+
+def _announced(
+    source: Source, plans: Mapping[str, LayerPlan], kind: tuple[torch.dtype, bool], options: Options
+) -> tuple[dict[str, Entry], dict[str, LayerPlan]]:
+    """(every tensor of the file, the plan that each 4-bit layer in it gets), before anything is read or solved."""
+    final = {n: options.solved[n].plan if n in options.solved else p for n, p in plans.items() if p.scheme != KEEP}
+    found, layers = {}, {}
+    for name, shape in source.shapes.items():
+        layer, end = _part_of(source, name, final)
+        if layer is None:
+            found[name] = _passed(torch.empty(shape, dtype=source.dtype(name), device="meta"), kind)
+        elif end == "weight":
+            layers[layer] = final[layer]
+            found |= _blank_layer(source, layer, final[layer], kind[0], options)
+    return entries(found), layers
+
+
+def _blank_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: torch.dtype, options: Options):
+    """What `_quantize_layer` stores, without values."""
+    full = source.prefix + layer
+    ready = options.solved.get(layer)
+    if ready is not None:
+        weight, bias = without_values(ready.solved.weight), ready.solved.bias
+    else:
+        name, bias = f"{full}.bias", None
+        if name in source.shapes:
+            bias = torch.empty(source.shapes[name], dtype=source.dtype(name), device="meta")
+        with _naming(source, full):
+            weight, bias = blank(source.shapes[f"{full}.weight"], bias, layer_plan, dtype)
+    return _stored(full, weight, bias, dtype, options.tiled)
 
 
 def check_names(source: Source, plans: Mapping[str, LayerPlan]) -> None:
@@ -157,15 +205,16 @@ def _kept_info(source: Source) -> dict[str, str]:
     return {k: v for k, v in source.metadata.items() if k.startswith("modelspec.")}
 
 
-def _info(source: Source, options: Options, done: list[Converted]) -> dict[str, str]:
+def _info(source: Source, options: Options, plans: Mapping[str, LayerPlan]) -> dict[str, str]:
+    """``plans``: of every layer that is quantized."""
     return _kept_info(source) | save.record(
-        scheme=" + ".join(sorted({row.plan.scheme for row in done})),
+        scheme=" + ".join(sorted({p.scheme for p in plans.values()})),
         rank=options.rank,
         group_size=SVDQUANT.group_size,
         family=source.family.id,
         source_sha256=save.sha256(source.files),
         calibration=dict(options.calibration or {"method": "data_free", "seed": options.seed}),
-        layers=len(done),
+        layers=len(plans),
     )
 
 
@@ -173,16 +222,18 @@ def _quantize_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: to
     full = source.prefix + layer
     ready = options.solved.get(layer)
     if ready is not None:
-        layer_plan, solved = ready.plan, ready.solved
+        solved = (options.kept(layer) if ready.away else ready).solved
         weight, bias, error = solved.weight, solved.bias, solved.error
     else:
         weight, bias, error = _data_free(source, full, layer_plan, dtype, options)
     n, k = weight.shape
-    stored = stored_layer(full, weight, dtype, options.tiled)
-    after = sum(t.numel() * t.element_size() for t in stored.values())
-    if bias is not None:
-        stored[f"{full}.bias"] = bias.to(dtype)
+    stored = _stored(full, weight, bias, dtype, options.tiled)
+    after = nbytes(entries({n: t for n, t in stored.items() if n != f"{full}.bias"}))
     return stored, Converted(layer, layer_plan, error, 2 * n * k, after)
+
+
+def _stored(full: str, weight, bias: Tensor | None, dtype: torch.dtype, tiled: bool) -> dict[str, Tensor]:
+    return stored_layer(full, weight, dtype, tiled) | ({} if bias is None else {f"{full}.bias": bias.to(dtype)})
 
 
 def stored_layer(full: str, weight, dtype: torch.dtype, tiled: bool = False) -> dict[str, Tensor]:
@@ -198,13 +249,20 @@ def stored_layer(full: str, weight, dtype: torch.dtype, tiled: bool = False) -> 
 def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dtype, options: Options):
     weight = source.get(f"{full}.weight").to(options.device)
     bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
-    try:
+    with _naming(source, full):
         require_float(weight)
         if layer_plan.scheme in core_formats.FORMATS:
             q = core_formats.quantize(weight, layer_plan.scheme, dtype)
             error = (q.dequantize().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
             return q, bias, float(error)
         q = quantize_weight(weight, bias, layer_plan, dtype, options.seed)
+        return q.weight, q.bias, q.error
+
+
+@contextmanager
+def _naming(source: Source, layer: str) -> Iterator[None]:
+    """What is wrong with a layer becomes a sentence that names it."""
+    try:
+        yield
     except ValueError as e:
-        raise CheckpointError(source.name, str(e), "Repair the checkpoint, or keep this layer in 16 bits", full) from e
-    return q.weight, q.bias, q.error
+        raise CheckpointError(source.name, str(e), "Repair the checkpoint, or keep this layer in 16 bits", layer) from e

@@ -7,7 +7,7 @@ Not memory-mapped: a mapped page that was read once stays counted until the file
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -28,11 +28,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class LazyTensors(MutableMapping):
     """Name -> tensor over several files. ``pop`` reads and forgets; what is assigned is kept."""
 
-    def __init__(self, heads: list[tuple[Path, header.Header]]):
+    def __init__(self, heads: list[tuple[Path, header.Header]], rename: bool = True):
+        """``rename``: a file of one layer whose tensors are named by their part alone gets names as others have."""
         self._files = [path.open("rb") for path, _ in heads]
         self._places: dict[str, tuple] = {}
         self._held: dict[str, Tensor] = {}
-        named = header.names(n for _, head in heads for n in head.tensors)
+        keys = [n for _, head in heads for n in head.tensors]
+        named = header.names(keys) if rename else dict(zip(keys, keys, strict=True))
         for (path, head), file in zip(heads, self._files, strict=True):
             start = 8 + int.from_bytes(file.read(8), "little")
             offsets = json.loads(file.read(start - 8))
@@ -53,14 +55,25 @@ class LazyTensors(MutableMapping):
         if name in self._held:
             return self._held[name]
         file, start, entry, home = self._places[name]
-        dtype = DTYPES.get(entry.dtype)
-        if dtype is None:
-            raise CheckpointError(home, f"its type {entry.dtype} is unknown to this version", "Update this pack", name)
+        dtype = self.dtype(name)
         data = pages.empty((entry.nbytes,), torch.uint8)
-        file.seek(start)
-        if file.readinto(memoryview(data.numpy())) != entry.nbytes:
+        try:
+            file.seek(start)
+            read = file.readinto(memoryview(data.numpy()))
+        except OSError as e:
+            raise CheckpointError(home, f"it cannot be read ({e.strerror})", header.AGAIN, name) from e
+        if read != entry.nbytes:
             raise CheckpointError(home, "not a whole safetensors file (it is truncated)", header.AGAIN, name)
         return data.view(dtype).reshape(entry.shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises CheckpointError for a type that this version does not know."""
+        if name in self._held:
+            return self._held[name].dtype
+        _, _, entry, home = self._places[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(home, f"its type {entry.dtype} is unknown to this version", "Update this pack", name)
+        return DTYPES[entry.dtype]
 
     def __setitem__(self, name: str, value: Tensor) -> None:
         self._held[name] = value
@@ -82,6 +95,22 @@ class LazyTensors(MutableMapping):
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+class Asked(Mapping):
+    """Name -> tensor that is made each time it is asked for, and kept nowhere."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]):
+        self._names, self._make = list(names), make
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def describe(tensor: Tensor) -> tuple[str, tuple[int, ...]]:

@@ -1,126 +1,190 @@
-"""Keeps solved layers of a calibration on disk, one small safetensors file each, so that an interrupted run goes on.
+"""Keeps what a calibration has done on disk, so that an interrupted run goes on: a `quant.calib.engine.Store`.
 
-A folder belongs to one `run_signature` (this pack's version, model, prompts, recipe, seed); layers written under
-another are not read. Writes are atomic, and each file holds a digest of all that it says: one that does not read, was
-changed, or is another layer's, is treated as absent, and the layer is simply solved again.
+    <digest of the name>.safetensors    a solved layer
+    seen-<run>.safetensors              who shared an input in an observation, written when all that it saw is there:
+    seen-<run>-<i>.safetensors          the sample of the i-th input
+    plans.safetensors                   the plans that fit a budget, in its values
+
+A folder belongs to one signature (model, prompts, recipe, seed, version of this pack). A file that does not read is
+treated as absent: that part is simply done again. So is what cannot be written; `notes` say it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
 from ..quant.awq import AWQWeight
+from ..quant.calib import recall
 from ..quant.calib.engine import Layer
+from ..quant.calib.observe import Observer
 from ..quant.calib.solve import Solved
 from ..quant.policy import LayerPlan
 from ..quant.schemes import AWQ, SVDQUANT
 from ..quant.svdquant import SVDQuantWeight
+from ..writing import kept, room
+from ..writing.whole import WriteError
 from . import save
-from .errors import CheckpointError
-from .formats import comfy_quant
+from .formats import comfy_quant, core_quant
 
-ENTRY, RECORD, DIGEST = "layer", "nibble_layer", "nibble_layer_sha256"
+ENTRY, PROMOTED = "layer", "promoted"
 KINDS = {SVDQUANT.id: SVDQuantWeight, AWQ.id: AWQWeight}
-# What a file that is broken, or another's, may end in: it is no reason to stop a calibration.
-UNREADABLE = (SafetensorError, CheckpointError, OSError, LookupError, ValueError, TypeError, AttributeError,
-              ArithmeticError, RuntimeError, MemoryError)  # fmt: skip
-log = logging.getLogger(__name__)
+# What a whole file of another version, or of another's making, may end in: it is no reason to stop a calibration.
+FOREIGN = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError)
+SEEN_BYTES, SPARE_BYTES = 2**32, 2**30  # of all observations that are kept, and what these leave free
 
 
 class Folder:
-    """A `quant.calib.engine.Store` in ``root``/``signature``."""
+    """A `quant.calib.engine.Store` in ``folder``. ``found``, ``recalled``: layers and observations that were there."""
 
-    def __init__(self, root: Path, signature: str):
-        self.folder = root / signature
-        self._told = False
+    def __init__(self, folder: Path):
+        self.folder, self.found, self.recalled, self._notes, self._seen = folder, 0, 0, [], 0
 
-    def _path(self, name: str) -> Path:
-        return self.folder / (hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24] + ".safetensors")
+    def notes(self) -> list[str]:
+        """For the run's report: whether it went on with an earlier one, what could not be kept or read again."""
+        seen = ", and its prompts were not sampled again" if self.recalled else ""
+        went_on = f"Went on with a run that was stopped: {self.found} layers were solved already{seen}"
+        return [went_on, *self._notes] if self.found or self.recalled else self._notes
 
     def get(self, name: str) -> Layer | None:
-        """The layer ``name`` as it was kept, or None."""
-        path = self._path(name)
+        layer = self.read(name)
+        self.found += layer is not None
+        return layer
+
+    def read(self, name: str) -> Layer | None:
+        """As `get`, for a layer that this run has put there."""
+        read = self._load(_file(name))
+        if read is None:
+            return None
+        tensors, values = read
         try:
-            if not path.is_file():
-                return None
-            with safe_open(path, framework="pt") as f:
-                info = f.metadata()
-                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            if info[DIGEST] != _digest(info[RECORD], tensors):
-                return None
-            values = json.loads(info[RECORD])
-            bias = tensors.pop(f"{ENTRY}.bias", None)
-            weight = comfy_quant.read(tensors, path.name)[ENTRY].weight
-            solved = Solved(weight, bias, **values.pop("solved"))
-            plan, shape = LayerPlan(**values.pop("plan")), tuple(values.pop("shape"))
-            layer = Layer(plan=plan, shape=shape, solved=solved, **values)
-            return layer if layer.name == name and _belongs_together(layer) else None
-        except UNREADABLE:
-            return None  # broken, or written by another version: solved again
+            layer = _layer(tensors, values)
+        except FOREIGN:
+            layer = None
+        if layer is None or layer.name != name:
+            self._note("A layer that was kept could not be read and is solved again")
+            return None
+        return layer
 
-    def put(self, layer: Layer) -> None:
-        """Keeps ``layer``. Where that is not possible the log says so, once, and the calibration goes on."""
-        s = layer.solved
-        if not isinstance(s.weight, SVDQuantWeight | AWQWeight):
-            return  # made in a moment, and ComfyUI's formats are not ours to read
-        values = {
-            "name": layer.name,
-            "plan": asdict(layer.plan),
-            "shape": list(layer.shape),
-            "solved": {"error": s.error, "data_free": s.data_free, "calibrated": s.calibrated},
-            "tokens": layer.tokens,
-            "seconds": layer.seconds,
-        }
-        tensors = comfy_quant.write(ENTRY, s.weight)
-        if s.bias is not None:
-            tensors[f"{ENTRY}.bias"] = s.bias
-        text = json.dumps(values)
+    def put(self, layer: Layer) -> bool:
+        weight = layer.solved.weight
+        ours = isinstance(weight, SVDQuantWeight | AWQWeight)
+        if not ours and not layer.plan.reason.startswith(PROMOTED):
+            return False  # made in a moment
+        values = {k: v for k, v in vars(layer).items() if k not in ("plan", "solved")} | {"plan": asdict(layer.plan)}
+        values["solved"] = {k: v for k, v in vars(layer.solved).items() if k not in ("weight", "bias")}
+        if ours:
+            tensors = comfy_quant.write(ENTRY, weight)
+        elif isinstance(weight, QuantizedTensor):
+            tensors = core_quant.write(ENTRY, weight)
+            values["core"] = [core_quant.config_of(weight), str(weight._params.orig_dtype).removeprefix("torch.")]
+        else:
+            tensors, values["dense"] = {f"{ENTRY}.weight": weight}, True
+        if layer.solved.bias is not None:
+            tensors[f"{ENTRY}.bias"] = layer.solved.bias
+        return self._save(_file(layer.name), tensors, values)
+
+    def recall(self, run: int, observer: Observer) -> bool:
+        read = self._load(f"seen-{run}.safetensors")
+        if read is None:
+            return False
         try:
-            save.save(self._path(layer.name), tensors, {RECORD: text, DIGEST: _digest(text, tensors)}, overwrite=True)
-        except (OSError, SafetensorError, CheckpointError) as e:
-            if not self._told:
-                log.warning("Solved layers cannot be kept (%s): if it is interrupted, this calibration starts anew", e)
-            self._told = True
+            reservoirs = {}
+            for i, lead in enumerate(read[1]["leads"]):
+                observer.on_forward()
+                reservoirs[lead] = recall.unpacked(*kept.load(self.folder / f"seen-{run}-{i}.safetensors"))
+            recall.restore(observer, reservoirs, read[1])
+        except FOREIGN:
+            self._note("What was seen of the prompts could not be read, and they are watched again")
+            return False
+        self.recalled += 1
+        return True
 
-    def clear(self) -> None:
-        """Forgets the run; called when its result is safe elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another interrupted run is kept there
-            self.folder.parent.rmdir()
+    def remember(self, run: int, observer: Observer) -> None:
+        self._seen += observer.nbytes
+        have = room.free(self.folder)
+        if self._seen > SEEN_BYTES or (have is not None and have < observer.nbytes + SPARE_BYTES):
+            return
+        for i, reservoir in enumerate(observer.reservoirs.values()):
+            observer.on_forward()
+            if not self._save(f"seen-{run}-{i}.safetensors", *recall.packed(reservoir)):
+                return
+        self._save(f"seen-{run}.safetensors", {}, {"leads": list(observer.reservoirs), **recall.groups(observer)})
+
+    def plans(self) -> dict[str, LayerPlan] | None:
+        read = self._load("plans.safetensors")
+        try:
+            return None if read is None else {name: LayerPlan(**plan) for name, plan in read[1]["plans"].items()}
+        except FOREIGN:
+            return None
+
+    def put_plans(self, plans: Mapping[str, LayerPlan]) -> None:
+        self._save("plans.safetensors", {}, {"plans": {name: asdict(plan) for name, plan in plans.items()}})
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            return kept.load(path)
+        except kept.Damaged:
+            self._note("A file that was kept is damaged, and that part is done again")
+            return None
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], values: Mapping) -> bool:
+        """Whether it is kept. Not waited for until the disk has it: the checksum tells after a power cut."""
+        try:
+            kept.save(self.folder / name, tensors, values, durable=False)
+        except WriteError as e:
+            self._note(f"What this run has done cannot be kept, and if it is stopped it is done again: {e}")
+            return False
+        return True
+
+    def _note(self, sentence: str) -> None:
+        if sentence.partition(": ")[0] not in [n.partition(": ")[0] for n in self._notes]:
+            self._notes.append(sentence)
 
 
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """Of a file's record and every bit of its tensors."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        t = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        digest.update(t.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _file(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24] + ".safetensors"
+
+
+def _layer(tensors: dict[str, Tensor], values: dict) -> Layer:
+    """A layer from what `Folder.put` wrote. Raises one of `FOREIGN` for anything else."""
+    values, shape = dict(values), tuple(values["shape"])
+    bias, core = tensors.pop(f"{ENTRY}.bias", None), values.pop("core", None)
+    if core is not None:
+        parts = {n.removeprefix(f"{ENTRY}."): t for n, t in tensors.items()}
+        weight = core_quant.build(core[0], parts, shape, getattr(torch, core[1]))
+    elif values.pop("dense", False):
+        weight = tensors[f"{ENTRY}.weight"]
+    else:
+        weight = comfy_quant.read(tensors, ENTRY)[ENTRY].weight
+    solved = Solved(weight, bias, **values.pop("solved"))
+    layer = Layer(**{**values, "plan": LayerPlan(**values["plan"]), "shape": shape, "solved": solved})
+    if not _belongs_together(layer):
+        raise ValueError("its parts are not of one layer")
+    return layer
 
 
 def _belongs_together(layer: Layer) -> bool:
-    weight, (n, _) = layer.solved.weight, layer.shape
-    bias = layer.solved.bias
+    weight, bias, kind = layer.solved.weight, layer.solved.bias, KINDS.get(layer.plan.scheme)
     return (
-        type(weight) is KINDS.get(layer.plan.scheme)
-        and weight.shape == layer.shape
+        (type(weight) is kind if kind else isinstance(weight, Tensor))
+        and tuple(weight.shape) == layer.shape
         and layer.plan.act_unsigned == getattr(weight, "act_unsigned", False)
-        and (bias is None or tuple(bias.shape) == (n,))
+        and (bias is None or tuple(bias.shape) == layer.shape[:1])
     )
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """A short digest of names, shapes and contents. Contents by sums in float64 and a few values: fast, and any
     retrained or patched weight changes it.
     """
@@ -135,11 +199,11 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def signature(**values) -> str:
-    """A digest of everything that a calibration depends on; ``values`` are JSON-able."""
+def digest(**values) -> str:
+    """A digest of ``values``, which are JSON-able."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def run_signature(**values) -> str:
-    """`signature` of a run by this version of the pack: another's may solve the same layer otherwise."""
-    return signature(version=save.version(), **values)
+def signature(**values) -> str:
+    """A digest of everything that a run depends on, this pack's version with it."""
+    return digest(version=save.version(), **values)

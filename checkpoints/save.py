@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..writing import tensors as tensor_files
+from ..writing.whole import named
 from . import header
 from .errors import CheckpointError
 
@@ -42,9 +43,13 @@ def sha256(paths: Iterable[Path]) -> str:
 
 
 def require_free(path: str | Path) -> None:
-    """Raises CheckpointError when ``path`` exists: asked before the work as well as when it is written."""
+    """Raises CheckpointError when ``path`` exists: asked before the work as well as when it is written; WriteError
+    where the system cannot say whether it does.
+    """
     path = Path(path)
-    if path.exists():
+    with named(path.name):
+        taken = path.exists()
+    if taken:
         raise CheckpointError(path.name, "there is a file of this name already", "Choose another name")
 
 
@@ -75,6 +80,28 @@ def fitting(name: str, info: Mapping[str, str], optional: Iterable[str]) -> dict
     return info
 
 
+@contextmanager
+def writing(
+    path: str | Path,
+    entries: Mapping[str, tensor_files.Entry],
+    info: Mapping[str, str],
+    overwrite: bool = False,
+    optional: Iterable[str] = (),
+) -> Iterator[tensor_files.Writer]:
+    """Hands out what takes the tensors of a safetensors file one at a time: see `writing.tensors.writing`.
+
+    ``optional``: keys of ``info`` that may be left out where it would be too large to be read. Raises CheckpointError
+    when ``path`` exists, and for what could not be read again; WriteError when it cannot be written.
+    """
+    path = Path(path)
+    if not overwrite:
+        require_free(path)
+    info = {"format": "pt", **fitting(path.name, info, optional)}
+    require_readable(path.name, len(entries), info)
+    with tensor_files.writing(path, entries, info, overwrite) as writer:
+        yield writer
+
+
 def save(
     path: str | Path,
     tensors: Mapping[str, Tensor],
@@ -82,51 +109,11 @@ def save(
     overwrite: bool = False,
     optional: Iterable[str] = (),
 ) -> Path:
-    """Writes a safetensors file through a temporary one in the same folder. ``optional``: keys of ``info`` that may be
-    left out where it would be too large to be read. Raises CheckpointError when ``path`` exists, and for what could
-    not be read again.
-    """
-    path = Path(path)
-    if not overwrite:
-        require_free(path)
-    info = {"format": "pt", **fitting(path.name, info, optional)}
-    require_readable(path.name, len(tensors), info)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file(_separate(tensors), part, info)
-        _sort_metadata(part)
-        if not overwrite:
-            require_free(path)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
-
-
-def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors of which no two share memory, as the format demands (split q/k/v share their sides)."""
-    out, seen = {}, set()
-    for name, value in tensors.items():
-        tensor = value.detach().cpu().contiguous()
-        place = tensor.untyped_storage().data_ptr()
-        out[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return out
-
-
-def _sort_metadata(path: Path) -> None:
-    """Puts the header's metadata in order, in place: the library writes it in a random one, and same input must mean
-    same bytes.
-    """
-    with path.open("r+b") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = json.loads(f.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= size:
-            f.seek(8)
-            f.write(text.ljust(size))
+    """Writes a safetensors file, whole or not at all. Arguments and errors are those of `writing`."""
+    with writing(path, tensor_files.entries(tensors), info, overwrite, optional) as writer:
+        for name in writer.names:
+            writer.write(name, tensors[name])
+    return Path(path)
 
 
 def record(**values) -> dict[str, str]:

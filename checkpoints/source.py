@@ -6,8 +6,8 @@ Both look alike from outside: native tensor names, shapes, and one tensor at a t
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from . import folder, header, load, quantized
 from .errors import CheckpointError
 from .families import FamilySpec, KeyRule, by_diffusers_class, detect
 from .formats import comfy_quant
+from .lazy import LazyTensors
 
 FLOATS = {"F16", "BF16", "F32", "F64"}
 ORIGINAL = "Quantize the 16-bit original instead"
@@ -35,29 +36,31 @@ class Source:
     dtypes: dict[str, str]
     metadata: dict[str, str]
     rules: dict[str, KeyRule] = field(default_factory=dict)  # native name -> where it is in a diffusers folder
-    _stack: ExitStack = field(default_factory=ExitStack)
-    _homes: dict[str, object] = field(default_factory=dict)
+    _tensors: LazyTensors | None = None
 
     def __enter__(self) -> Source:
-        for path in self.files:
-            f = self._stack.enter_context(safe_open(path, framework="pt"))
-            self._homes |= dict.fromkeys(f.keys(), f)
+        self._tensors = LazyTensors([(path, header.read(path)) for path in self.files], rename=False)
         return self
 
     def __exit__(self, *exc) -> None:
-        self._stack.close()
+        self._tensors.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
     def get(self, name: str) -> Tensor:
-        """One tensor under its native name."""
+        """One tensor under its native name, in memory of its own."""
         rule = self.rules.get(name)
         if rule is None:
-            return self._homes[name].get_tensor(name)
-        parts = [self._homes[s].get_tensor(s) for s in rule.sources]
+            return self._tensors[name]
+        parts = [self._tensors[s] for s in rule.sources]
         value = parts[0] if len(parts) == 1 else torch.cat(parts)
         return torch.cat(value.chunk(2)[::-1]) if rule.swap_halves else value
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What `get` gives, without reading: that of the widest where a native tensor is made of several."""
+        sources = self.rules[name].sources if name in self.rules else (name,)
+        return reduce(torch.promote_types, (self._tensors.dtype(s) for s in sources))
 
 
 def open_source(path: str | Path) -> Source:

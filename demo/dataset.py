@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from ..reading import picture
+from ..writing import whole
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,8 @@ def fetch_package(vendor: str, folder: Path) -> Path:
         registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org/").rstrip("/")
         url = f"{registry}/emoji-datasource-{vendor}/-/{name}"
         log.info("downloading %s", url)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         with urllib.request.urlopen(url, timeout=300) as reply:
-            part.write_bytes(reply.read())
-        os.replace(part, path)
+            whole.data(path, reply.read())
     digest = "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != PACKAGES[vendor]:
         raise ValueError(f"{path.name}: sha512 is {digest}, expected {PACKAGES[vendor]}; delete the file and run again")
@@ -162,8 +160,8 @@ def load(folder: Path, seed: int = 0) -> tuple[list[Emoji], dict[str, np.ndarray
     cache = folder / f"pictures-{SIZE}-{len(emoji)}.npz"
     if not cache.exists():
         names = [e.image for e in emoji]
-        part = cache.with_name(cache.name + ".part.npz")
-        np.savez(part, **{v: read_images(p, v, names) for v, p in packages.items()})
-        os.replace(part, cache)
+        found = {v: read_images(p, v, names) for v, p in packages.items()}
+        with whole.whole(cache) as f:
+            np.savez(f, **found)
     with np.load(cache) as pictures:
         return emoji, {v: pictures[v] for v in PACKAGES}

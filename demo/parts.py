@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ..writing import whole
+
 UNET = dict(
     sample_size=16,
     in_channels=4,
@@ -116,9 +118,9 @@ def train_tokenizer(captions: list[str], folder: Path):
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     merges = [line for line in lines if line and not line.startswith("#version")][: VOCABULARY - len(base) - 2]
     tokens = [*base, *(line.replace(" ", "") for line in merges), START, END]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    whole.text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
+    whole.text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False) + "\n")
     config = dict(
         tokenizer_class="CLIPTokenizer",
         model_max_length=TEXT["max_position_embeddings"],
@@ -127,7 +129,7 @@ def train_tokenizer(captions: list[str], folder: Path):
         unk_token=END,
         pad_token=END,
     )
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    whole.text(folder / "tokenizer_config.json", json.dumps(config, indent=1) + "\n")
     return load_tokenizer(folder)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..reading import picture as pictures
+from ..writing import whole
 from . import REFERENCES
 
 SIDE, SHEET = 32, 20
@@ -54,12 +55,12 @@ def load(style: str = "noto", folder: Path = NAMES.parent) -> References:
 
 def save(folder: Path, names: list[tuple[str, ...]], pictures: dict[str, np.ndarray]) -> None:
     """Writes names.json and one sheet per style; ``pictures``: style -> (n, H, W, 3) uint8."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / NAMES.name).write_text(json.dumps([list(n) for n in names], indent=0) + "\n", encoding="utf-8")
+    whole.text(folder / NAMES.name, json.dumps([list(n) for n in names], indent=0) + "\n")
     for style, stack in pictures.items():
         cells = np.stack([thumbnail(p / 255) for p in stack])
         rows = -(-len(cells) // SHEET)
         sheet = np.ones((rows * SHEET, SIDE, SIDE, 3), np.float32)
         sheet[: len(cells)] = cells
         sheet = sheet.reshape(rows, SHEET, SIDE, SIDE, 3).swapaxes(1, 2).reshape(rows * SIDE, SHEET * SIDE, 3)
-        Image.fromarray((sheet * 255).round().astype(np.uint8)).save(folder / REFERENCES[style].name, optimize=True)
+        image = Image.fromarray((sheet * 255).round().astype(np.uint8))
+        whole.picture(folder / REFERENCES[style].name, image, optimize=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from ..writing import tensors as files
+from ..writing import whole
 from . import (
     IP_ADAPTERS,
     LORAS,
@@ -39,10 +40,7 @@ LICENCE = {"modelspec.license": "see demo/LICENSES.md"}
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """A safetensors file in float16, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.half().contiguous().cpu() for k, v in tensors.items()}, part, metadata)
-    os.replace(part, path)
+    files.save(path, {k: v.half() for k, v in tensors.items()}, metadata)
 
 
 class Run:
@@ -60,9 +58,7 @@ class Run:
         path = self.out / "training.json"
         record = json.loads(path.read_text()) if path.exists() else {}
         record[stage] = {**record.get(stage, {}), **values}
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-        os.replace(part, path)
+        whole.text(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
     def tokenizer(self):
         folder = self.model / "tokenizer"
@@ -83,7 +79,7 @@ class Run:
         config = self.model / "vae" / "config.json"
         values = json.loads(config.read_text())
         values.pop("block_out_channels", None)  # derived while loading; diffusers warns about it in a file
-        config.write_text(json.dumps(values, indent=2) + "\n")
+        whole.text(config, json.dumps(values, indent=2) + "\n")
         self.note("autoencoder", seconds=round(seconds), steps=stages.AUTOENCODER.steps)
 
     def vae(self):
@@ -121,7 +117,7 @@ class Run:
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderTiny"],
         }
-        (self.model / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+        whole.text(self.model / "model_index.json", json.dumps(index, indent=1) + "\n")
 
     def trained(self):
         """(UNet, text encoder) of the base model in float32."""
@@ -237,7 +233,7 @@ class Run:
                 four = quick
         show = slice(0, 32)
         sheet = evaluate.sheet([drawn[show], four[show], styled[show], stacks["noto"][show] / 255])
-        sheet.save(self.out / "samples.jpg", quality=90, optimize=True)
+        whole.picture(self.out / "samples.jpg", sheet, quality=90, optimize=True)
         self.note("evaluation", **figures)
         log.info("%s", json.dumps(figures, indent=1))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -10,19 +11,24 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints import resume
-from ..checkpoints.convert import Conversion, Options, check_names, plan_source, quantize, side_dtype
+from ..checkpoints.convert import Conversion, Options, check_names, model_layers, plan_source, quantize, side_dtype
 from ..checkpoints.errors import CheckpointError
 from ..checkpoints.header import BYTES
+from ..checkpoints.lazy import Asked
 from ..checkpoints.save import require_free
 from ..checkpoints.source import Source
 from ..prompts import batch, calibration
 from ..prompts import domain as domains
 from ..quant.calib import allocate, report
-from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate
+from ..quant.calib.engine import METHOD, Job, Layer, Watch, calibrate, solved_bytes
 from ..quant.calib.presets import Preset
 from ..quant.policy import LayerPlan
 from ..quant.schemes import KEEP
+from ..writing import unfinished
+from ..writing.room import check_room
 from . import pipeline
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -98,15 +104,22 @@ def _other_bytes(source: Source, plans: Mapping[str, LayerPlan]) -> int:
     return sum(rest) + allocate.file_overhead(len(planned), len(rest))
 
 
+def file_bytes(source: Source, plans: Mapping[str, LayerPlan]) -> int:
+    """Bytes of the file that is written by ``plans``."""
+    shapes = model_layers(source.shapes, source.prefix)
+    planned = sum(allocate.stored_bytes(plan, shapes[n]) for n, plan in plans.items() if plan.scheme != KEEP)
+    return planned + _other_bytes(source, plans)
+
+
 def signature(source: Source, work: Job, inputs: Inputs) -> str:
     """Changes with anything the result depends on."""
-    weights = {n: work.weight(n)[0] for n in work.plans}
+    weights = Asked(work.plans, lambda n: work.weight(n)[0])
     plans = {n: [p.scheme, p.rank, p.act_unsigned] for n, p in work.plans.items()}
     drawn = [list(inputs.prompts), inputs.levels, inputs.cfg, inputs.seed, work.fit]
     values = dict(
         plans=plans, preset=work.preset.id, dtype=str(work.dtype), seed=work.seed, inputs=drawn, method=METHOD
     )
-    return resume.run_signature(weights=resume.fingerprint(weights), **values)
+    return resume.signature(weights=resume.fingerprint(weights), **values)
 
 
 def run(
@@ -123,17 +136,36 @@ def run(
     require_free(out)
     check_names(source, options.plans or plan_source(source, options.rank))
     work = job(source, pipe, inputs, preset, options, budget)
-    store = resume.Folder(out.with_name(f".{out.name}.solved"), signature(source, work, inputs))
-    layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store))
-    record = {
-        "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
-        "cfg": inputs.cfg, "prompts_sha256": resume.signature(prompts=list(inputs.prompts)),
-        "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
-        "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
-        "unreached": len(report.unreached(layers, preset.id)),
-    }  # fmt: skip
-    plans = options.plans or plan_source(source, options.rank)
-    done = replace(options, solved=layers, calibration=record, plans=plans)
-    conversion = quantize(source, out, done)
-    store.clear()
+    check_room(out, file_bytes(source, options.plans or plan_source(source, options.rank)))
+    need = solved_bytes(model_layers(source.shapes, source.prefix), work.plans)
+    root = out.with_name(f".{out.name}.solved")
+    with unfinished.run(root, signature(source, work, inputs), f"calibration of {source.name}", need) as kept:
+        store = None if kept.folder is None else resume.Folder(kept.folder)
+        layers = calibrate(pipeline.denoiser(pipe), work, Watch(layer=say, store=store), hold=False)
+        record = {
+            "method": preset.id, "seed": options.seed, "prompts": len(inputs.prompts), "levels": inputs.levels,
+            "cfg": inputs.cfg, "prompts_sha256": resume.digest(prompts=list(inputs.prompts)),
+            "kept_calibrated": sum(x.solved.calibrated for x in layers.values()),
+            "unsigned": sum(x.plan.act_unsigned for x in layers.values()),
+            "unreached": len(report.unreached(layers, preset.id)),
+        }  # fmt: skip
+        plans = options.plans or plan_source(source, options.rank)
+        done = replace(options, solved=layers, kept=_reader(store, out), calibration=record, plans=plans)
+        conversion = quantize(source, out, done)
+        kept.finish()
+    for note in [*(store.notes() if store else ()), *kept.notes]:
+        log.warning(note)
     return conversion, layers
+
+
+def _reader(store: resume.Folder | None, out: Path) -> Callable[[str], Layer]:
+    """Reads back solved layers, which are not held in memory."""
+
+    def read(name: str) -> Layer:
+        layer = store.read(name)
+        if layer is None:
+            remedy = "Run it again: it goes on with the layers that can be read"
+            raise CheckpointError(out.name, "what was solved of it cannot be read any more", remedy, name)
+        return layer
+
+    return read

@@ -122,6 +122,7 @@ def run_calibrate(args) -> None:
     from ..checkpoints.source import open_source
     from ..quant.calib import report
     from ..quant.calib.presets import preset
+    from ..writing import whole
     from . import calibrate, pipeline
 
     texts = calibrate.texts(args.prompts, args.domain, args.samples, args.seed)
@@ -140,7 +141,7 @@ def run_calibrate(args) -> None:
     print(report.summary(layers, args.preset))
     print(result.summary())
     if args.report:
-        args.report.write_text(report.page(layers, args.preset, f"{args.out.name}: error by layer"), encoding="utf-8")
+        whole.text(args.report, report.page(layers, args.preset, f"{args.out.name}: error by layer"))
         print(args.report)
     print(result.path)
 

@@ -21,6 +21,8 @@ from ..metrics.images import mean_psnr
 from ..profiling import chart
 from ..profiling.recorder import Recorder
 from ..prompts import domain, expand
+from ..writing import whole
+from ..writing.room import check_room
 from . import pipeline, sheet
 
 SUBJECTS = ("red apple", "fox face")
@@ -41,16 +43,17 @@ class Variant:
 
 def run(out: Path, say: Callable[[str], None] = lambda _: None, on_step: Callable[[], None] = lambda: None) -> dict:
     """Runs the demo, writes its three files to ``out``, and returns the report."""
+    check_room(out / "demo.png", 0)
     recorder = Recorder()
     style = domain.load("emoji")
     prompts = [expand.expand(style, s, SEED + i) + ", flat style" for s in SUBJECTS for i in range(PICTURES)]
     captions = [s for s in SUBJECTS for _ in range(PICTURES)]
     variants = {name: _variant(name, prompts, recorder, say, on_step) for name in (SIXTEEN, FOUR)}
     report = _report(variants, prompts, captions, recorder)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    _contact(variants).save(out / "demo.png", optimize=True)
-    chart.profile("nibble demo", recorder.stages, _parts(variants)).save(out / "profile.png", optimize=True)
+    whole.text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    whole.picture(out / "demo.png", _contact(variants), optimize=True)
+    profile = chart.profile("nibble demo", recorder.stages, _parts(variants))
+    whole.picture(out / "profile.png", profile, optimize=True)
     return report
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import logging
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import train
 
+log = logging.getLogger(__name__)
 # training.distill.MODES, said again as --help needs it
 WAYS = ("lcm", "lcf", "phased", "reflow", "one_step", "progressive")
 
@@ -87,8 +89,8 @@ def load(args: argparse.Namespace) -> Both:
     return Both(pipe, teacher, [train.encode(pipe, t, like) for t in texts], train.encode(pipe, "", like))
 
 
-def distill(args: argparse.Namespace, both: Both, watch, tell):
-    """(adapters, outcome) as ``args`` want it."""
+def distill(args: argparse.Namespace, both: Both, watch, tell, work: Path | None = None):
+    """(adapters, outcome) as ``args`` want it. ``work``: see `training.distill.run`."""
     import torch
 
     from ..training import adapters, denoise, lora, paths
@@ -116,11 +118,7 @@ def distill(args: argparse.Namespace, both: Both, watch, tell):
     settings = core.Settings(args.way, plan, args.cfg, args.steps, args.start, args.pairs, args.teacher_steps,
                              json.dumps(_about(args), sort_keys=True), Consistency(omega=(guided, guided)))  # fmt: skip
     with loras.attached(watch.check):
-        return loras, core.run(task, settings, _work(args), watch, tell)
-
-
-def _work(args: argparse.Namespace) -> Path:
-    return args.work or args.out.with_name(f".{args.out.name}.work")
+        return loras, core.run(task, settings, work, watch, tell)
 
 
 def _scale(module) -> float:
@@ -140,21 +138,29 @@ def run_distill(args: argparse.Namespace) -> None:
     """``nibble distill``: see `add_command`."""
     from ..checkpoints.save import record, save
     from ..sampling import distilled
+    from ..training import lora
+    from ..training.distill import EXTRA
     from ..training.loop import Watch
+    from ..writing.room import check_room
     from . import few_steps
 
     _free(args.out)
     both = load(args)
-    with _bar(args.updates) as bar:
+    size = lora.file_bytes(both.pipe.unet, args.rank)
+    check_room(args.out, size)
+    need = 2 * train.STATES * size + (args.pairs + EXTRA) * 2 * math.prod(both.shape)
+    with _bar(args.updates) as bar, train.unfinished_run(args, args.pictures, need) as kept:
         step, tell = _shown(bar)
-        loras, outcome = distill(args, both, Watch(step), tell)
+        loras, outcome = distill(args, both, Watch(step), tell, kept.folder)
     about = {k: getattr(args, k) for k in ("way", "updates", "batch", "rank", "rate", "cfg", "steps", "seed")}
     info = {"modelspec.title": args.out.stem, distilled.KEY: json.dumps(about, sort_keys=True)}
     state = loras.state_dict(rename=train.native_names(both.pipe.unet))
     sampled = distilled.record(args.way, args.steps, few_steps.family(both.pipe))
-    save(args.out, state, info | record(method=f"distill {args.way}", **sampled))
-    if args.work is None:
-        shutil.rmtree(_work(args), ignore_errors=True)
+    with kept.writing(outcome.kept):
+        save(args.out, state, info | record(method=f"distill {args.way}", **sampled))
+    kept.finish()
+    for note in kept.notes:
+        log.warning(note)
     train.say(f"{args.way}: {outcome.before:.5f} -> {outcome.after:.5f} in {outcome.seconds:.0f} s\n{args.out}")
 
 
@@ -164,12 +170,14 @@ def run_refine(args: argparse.Namespace) -> None:
     from ..training.loop import Plan, Watch
     from ..training.loop import train as loop
     from ..training.tuned import Tuner
+    from ..writing.room import check_room
 
     _free(args.out)
     if args.quantized is None:
         raise ValueError("Refining needs a 4-bit file: give --quantized, made by nibble quantize")
     args.precision = train.PRECISIONS[0]
     both = load(args)
+    check_room(args.out, args.quantized.stat().st_size)
     prompts, device = (both.cond, both.empty), both.pipe.device
     with _bar(args.updates) as bar:
         step, tell = _shown(bar)
@@ -215,8 +223,11 @@ def write(args: argparse.Namespace, weights: dict, about: dict) -> None:
 
 
 def _free(out: Path) -> None:
+    from ..writing.room import check_room
+
     if out.exists():
         raise ValueError(f"{out.name}: there is a file of this name already. Choose another name")
+    check_room(out, 0)
 
 
 def _bar(total: int):

@@ -18,6 +18,8 @@ from ..reading.names import shown
 from ..sampling.detect import Match
 from ..sampling.presets import PRESETS
 from ..sampling.schedules import total_of
+from ..writing import whole
+from ..writing.room import check_room
 from . import conditions, few_steps, pipeline, sheet
 from .prompts import load as load_domain
 
@@ -33,6 +35,7 @@ def draw(args: Namespace, start: Callable[[int], None], on_step: Callable[[], No
     """
     wish = conditions.Wish(**{name: getattr(args, name) for name in conditions.Wish.__dataclass_fields__})
     wish.check()
+    check_room(args.out / "nibble.png", 0)
     loras = [split_strength(given) for given in args.lora]
     texts = prompts_of(args)
     domain = load_domain(args.domain) if args.domain else None
@@ -63,7 +66,6 @@ def sampled(args: Namespace, ready: conditions.Ready, plan: few_steps.Sampling, 
     begins = range(0, len(positive), batch)
     start(plan.steps * len(begins))
     steps = plan.steps if plan.row is not None else total_of(plan.steps, wish.denoise)
-    args.out.mkdir(parents=True, exist_ok=True)
     for i in begins:
         seed, part = args.seed + i, slice(i, i + batch)
         try:
@@ -226,5 +228,5 @@ def _save(picture, folder: Path, seed: int) -> Path:
     number = 0
     while (path := folder / f"nibble_{seed}_{number:03}.png").exists():
         number += 1
-    sheet.to_image(picture).save(path)
+    whole.picture(path, sheet.to_image(picture))
     return path

@@ -16,6 +16,8 @@ from .. import demo
 from ..profiling import calibrate, chart, memory, work
 from ..profiling.calibrate import Constants, Key, Measurement
 from ..profiling.tables import seconds, size, table
+from ..writing import whole
+from ..writing.room import check_room
 from . import pipeline
 
 PRECISIONS = {"both": ("16-bit", "4-bit"), "16-bit": ("16-bit",), "4-bit": ("4-bit",)}
@@ -55,6 +57,7 @@ def profile(args, say: Callable[[str], None] = lambda _: None) -> Result:
     files = [args.out / name for name in FILES]
     if files[0].exists():
         raise ValueError(f"{files[0].name}: there is a calibration in {args.out.name} already. Give another --out")
+    check_room(files[0], 0)
     rows, checks = [], []
     for precision in PRECISIONS[args.precision]:
         bench = Bench(args, precision)
@@ -62,10 +65,9 @@ def profile(args, say: Callable[[str], None] = lambda _: None) -> Result:
         rows.append(row)
         checks += seen
     text = report(rows, checks)
-    args.out.mkdir(parents=True, exist_ok=True)
-    files[0].write_text(calibrate.to_json(rows), encoding="utf-8")
-    files[1].write_text(text + "\n", encoding="utf-8")
-    drawing(checks).save(files[2])
+    whole.text(files[0], calibrate.to_json(rows))
+    whole.text(files[1], text + "\n")
+    whole.picture(files[2], drawing(checks))
     return Result(tuple(rows), tuple(checks), text, tuple(files))
 
 

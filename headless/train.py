@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # --help need not load torch
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 PRECISIONS = ("4-bit", "16-bit")
+STATES = 8  # sizes of a LoRA that an unfinished run takes at most: value, average, two moments, and all that twice
 OPTIMIZERS = ("adamw", "adafactor", "galore")  # training.optimizers', said again so that --help need not load torch
 
 
@@ -162,14 +164,17 @@ def plan_of(args: argparse.Namespace, pipe):
     return lora.Recipe(plan, args.dropout, args.checkpointing)
 
 
-def work_of(args: argparse.Namespace) -> Path:
-    """The folder of this very run's state: same model, pictures and settings."""
+def unfinished_run(args: argparse.Namespace, folder: Path | None, need: int):
+    """What this very run keeps: same model, settings and pictures in ``folder``. ``need``: bytes at most."""
     from ..checkpoints import resume
     from ..training.data import examples
+    from ..writing import unfinished
 
-    found = [[e.path.name, e.path.stat().st_size, e.path.stat().st_mtime_ns, e.caption] for e in examples(args.folder)]
+    found = [] if folder is None else examples(folder)
+    pictures = [[e.path.name, e.path.stat().st_size, e.path.stat().st_mtime_ns, e.caption] for e in found]
     told = {k: str(v) for k, v in vars(args).items() if k not in ("run", "out", "work", "device")}
-    return (args.work or args.out.with_name(f".{args.out.name}.work")) / resume.signature(pictures=found, told=told)
+    root = args.work or args.out.with_name(f".{args.out.name}.work")
+    return unfinished.run(root, resume.signature(pictures=pictures, told=told), f"nibble {args.command}", need)
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -178,25 +183,35 @@ def run_train(args: argparse.Namespace) -> None:
 
     from ..checkpoints.save import save
     from ..training import lora
+    from ..training.data import examples
     from ..training.loop import Watch
+    from ..writing.room import check_room
 
     if args.out.exists():
         raise ValueError(f"{args.out.name}: there is a file of this name already. Choose another name")
-    work, pipe = work_of(args), load(args)
+    check_room(args.out, 0)
+    examples(args.folder)  # what is wrong with it is said before the model is loaded
+    pipe = load(args)
+    size = lora.file_bytes(pipe.unet, args.rank)
+    check_room(args.out, size)
     recipe = plan_of(args, pipe)
     found = samples(pipe, Pictures(args.folder, args.side or side_of(pipe), args.hold_out, args.seed))
-    with tqdm(total=args.steps, desc="steps", file=sys.stderr, leave=False) as bar:
+    with (
+        tqdm(total=args.steps, desc="steps", file=sys.stderr, leave=False) as bar,
+        unfinished_run(args, args.folder, STATES * size) as kept,
+    ):
 
         def step(done: int, _total: int, loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}")
             bar.update(done - bar.n)
 
-        loras, outcome = train(pipe, found, recipe, args.rank, work, Watch(step), not args.keep_16_bit)
-    state = loras.state_dict(rename=native_names(pipe.unet))
-    save(args.out, state, lora.metadata(recipe, outcome, sum(map(len, found)), args.out.stem))
-    shutil.rmtree(work)
-    if args.work is None and not any(work.parent.iterdir()):
-        work.parent.rmdir()
+        loras, outcome = train(pipe, found, recipe, args.rank, kept.folder, Watch(step), not args.keep_16_bit)
+        state = loras.state_dict(rename=native_names(pipe.unet))
+        with kept.writing(outcome.result.kept):
+            save(args.out, state, lora.metadata(recipe, outcome, sum(map(len, found)), args.out.stem))
+        kept.finish()
+    for note in kept.notes:
+        log.warning(note)
     say(lora.report(recipe, outcome, (len(found[0]), len(found[1])), len(loras.factors)))
     say(str(args.out))
 

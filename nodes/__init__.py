@@ -20,7 +20,7 @@ from . import (
     slim,
     training,
 )
-from .bridge import history
+from .bridge import history, outputs
 from .checked import checked
 
 TOPICS = (
@@ -46,6 +46,7 @@ class NibbleExtension(ComfyExtension):
     async def on_load(self) -> None:
         logs.tell(__package__.rpartition(".")[0])
         history.add_routes()
+        outputs.sweep()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [checked(node) for topic in TOPICS for node in topic.NODES]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
@@ -14,6 +11,7 @@ from ..quant.calib import presets
 from ..quant.policy import TARGETS
 from . import files
 from .bridge import calibrate as bridge
+from .bridge import outputs
 from .bridge import prompts as domain_prompts
 
 SHIPPED, DOMAIN = "shipped list", "domain: "
@@ -141,8 +139,8 @@ class NibbleCalibrate(io.ComfyNode):
         elif clip is not None:
             pairs = bridge.encode(clip, calibration.lines(prompts) or calibration.sample(8, seed), negative)
         inputs = bridge.Inputs(pairs, latent["samples"])
-        folder = Path(folder_paths.get_temp_directory()) / "nibble-calibration"
-        out, _, report, chart = bridge.calibrate(model, inputs, settings, folder, cls.hidden.unique_id)
+        root = outputs.unfinished_root()
+        out, _, report, chart = bridge.calibrate(model, inputs, settings, root, cls.hidden.unique_id)
         return io.NodeOutput(out, report, as_image(chart))
 
 

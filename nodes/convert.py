@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import files
-from .bridge import convert
+from .bridge import convert, outputs
 
 
 class NibbleConvert(io.ComfyNode):
@@ -70,7 +70,7 @@ class NibbleConvert(io.ComfyNode):
 
     @classmethod
     def execute(cls, file, requantize, filename_prefix, rank=32) -> io.NodeOutput:
-        source, target = files.listed_path(file, cls.FOLDERS), files.new_output(filename_prefix)
+        source, target = files.listed_path(file, cls.FOLDERS), str(outputs.new(filename_prefix))
         report = convert.run(source, target, requantize, rank, cls.hidden.unique_id)
         name = files.below_output(target)
         return io.NodeOutput(name, report, ui={"text": [f"{name}\n{report}"]})

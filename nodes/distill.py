@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from comfy_api.latest import io
 
 from ..training.distill import MODES
 from ..training.loftq import ITERATIONS
-from . import files
-from .bridge import distill, refine
+from .bridge import distill, outputs, refine
 from .calibrate import as_image
 
 PROMPTS = dict(multiline=True, default="", dynamic_prompts=False)
@@ -71,10 +67,10 @@ class NibbleLoftQ(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, rank, base_rank, rounds, name) -> io.NodeOutput:
-        out = Path(files.new_output(name))
+        out = outputs.new(name)
         found = refine.loftq(model, refine.Start(rank, base_rank, rounds), out, cls.hidden.unique_id)
         base, both, report = found
-        return io.NodeOutput(base, both, files.below_output(os.fspath(out)), report)
+        return io.NodeOutput(base, both, outputs.name_of(out), report)
 
 
 class NibbleDistill(io.ComfyNode):
@@ -142,9 +138,9 @@ class NibbleDistill(io.ComfyNode):
             way, updates, batch, rank, learning_rate, cfg, steps, start, pairs, teacher_steps, seed
         )
         given = distill.prompts(clip, prompts, negative, positive, negative_cond)
-        inputs, out = distill.Inputs(given, latent["samples"]), Path(files.new_output(name))
+        inputs, out = distill.Inputs(given, latent["samples"]), outputs.new(name)
         trained, report, chart = distill.distill((model, teacher), inputs, settings, out, cls.hidden.unique_id)
-        return io.NodeOutput(trained, files.below_output(os.fspath(out)), report, as_image(chart))
+        return io.NodeOutput(trained, outputs.name_of(out), report, as_image(chart))
 
 
 class NibbleRefine(io.ComfyNode):

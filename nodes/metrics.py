@@ -120,8 +120,8 @@ class NibbleScores(io.ComfyNode):
     ) -> io.NodeOutput:
         sides = (images, folder, references, reference_folder)
         given = scores.Given(*sides, prompts, clip, clip_vision, image_reward, cls.hidden.unique_id, clip_i)
-        table, csv, name = scores.run(given)
-        return io.NodeOutput(table, csv, ui={"text": [f"{table}\n\nSaved as {name}."]})
+        table, csv, said = scores.run(given)
+        return io.NodeOutput(table, csv, ui={"text": [f"{table}\n\n{said}"]})
 
 
 NODES = [NibbleCompareImages, NibbleScores]

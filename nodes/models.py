@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..checkpoints.inspect import inspect
 from . import files
-from .bridge import demo, load, save
+from .bridge import demo, load, outputs, save
 
 DEMO_PRECISIONS = ["4-bit", "16-bit"]
 
@@ -175,7 +175,7 @@ class NibbleSaveModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename_prefix) -> io.NodeOutput:
-        path = files.new_output(filename_prefix)
+        path = str(outputs.new(filename_prefix))
         save.diffusion_model(model, path, cls.hidden.prompt, cls.hidden.extra_pnginfo)
         name = files.below_output(path)
         return io.NodeOutput(name, ui={"text": [name]})

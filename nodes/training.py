@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from comfy_api.latest import io
@@ -11,7 +10,7 @@ from .. import demo
 from ..training.loop import SCHEDULES
 from ..training.optimizers import OPTIMIZERS
 from . import files
-from .bridge import pictures
+from .bridge import outputs, pictures
 from .bridge import training as bridge
 from .calibrate import as_image
 
@@ -110,11 +109,11 @@ class NibbleTrainLora(io.ComfyNode):
             steps, batch, rank, learning_rate, resolution, seed, optimizer, schedule, accumulate, caption_dropout,
             average, hold_out, checkpointing, compress_frozen,
         )  # fmt: skip
-        out = Path(files.new_output(name))
+        out = outputs.new(name)
         trained, report, chart = bridge.train(
             (model, clip, vae), folder_of(folder), settings, out, cls.hidden.unique_id
         )
-        return io.NodeOutput(trained, files.below_output(os.fspath(out)), report, as_image(chart))
+        return io.NodeOutput(trained, outputs.name_of(out), report, as_image(chart))
 
 
 NODES = [NibbleTrainLora]

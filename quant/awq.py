@@ -62,6 +62,12 @@ class AWQWeight:
         return replace(self, **{n: None if v is None else v.to(dtype) for n, v in sides.items()})
 
 
+def blank(n: int, k: int, dtype: torch.dtype) -> AWQWeight:
+    """What quantizing an (N, K) weight gives, without values: on torch's meta device."""
+    sides = (torch.empty(k // GROUP, n, dtype=dtype, device="meta") for _ in range(2))
+    return AWQWeight(torch.empty(n, k // 2, dtype=torch.int8, device="meta"), *sides)
+
+
 def quantize(weight: Tensor, dtype: torch.dtype = torch.bfloat16, importance: Tensor | None = None) -> AWQWeight:
     """Least-squares 4-bit groups of ``weight`` (N, K): min-max start, then rounding and refitting in turn.
 

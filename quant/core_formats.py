@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
+from comfy_kitchen.tensor.base import get_layout_class
 from torch import Tensor
 
 from .checks import narrowed, relative_error, require_finite
@@ -31,7 +33,8 @@ def rotation(k: int) -> int:
 @dataclass(frozen=True)
 class CoreFormat:
     """``bits``: stored per weight without scales; ``options``: K -> the quantizer's arguments (None: does not fit);
-    ``config``: K -> what the file's JSON says besides the format; ``nbytes``: (N, K) -> bytes as stored.
+    ``config``: K -> what the file's JSON says besides the format; ``stored``: (N, K) -> (dtype, shape) of the codes
+    ("") and of each parameter that is a tensor.
     """
 
     id: str
@@ -40,7 +43,7 @@ class CoreFormat:
     act_bits: int
     options: Callable[[int], dict | None]
     config: Callable[[int], dict]
-    nbytes: Callable[[int, int], int]
+    stored: Callable[[int, int], dict[str, tuple[torch.dtype, tuple[int, ...]]]]
     summary: str
 
     def fits(self, n: int, k: int) -> bool:
@@ -55,6 +58,7 @@ def _rotated(**fixed) -> Callable[[int], dict | None]:
     return lambda k: {**fixed, "convrot_groupsize": rotation(k)} if rotation(k) else None
 
 
+F32, E4M3, I8, U8 = torch.float32, torch.float8_e4m3fn, torch.int8, torch.uint8
 FORMATS: dict[str, CoreFormat] = {
     f.id: f
     for f in (
@@ -62,28 +66,30 @@ FORMATS: dict[str, CoreFormat] = {
             "nvfp4", "TensorCoreNVFP4Layout", 4, 4,
             lambda k: {} if k % 16 == 0 else None,
             lambda k: {},
-            lambda n, k: _up(n, 16) * k // 2 + _up(n, 128) * _up(k // 16, 4) + 4,
+            lambda n, k: {"": (U8, (_up(n, 16), k // 2)), "scale": (F32, ()),
+                          "block_scale": (E4M3, (_up(n, 128), _up(k // 16, 4)))},
             "4-bit floats, native on Blackwell",
         ),
         CoreFormat(
             "convrot_w4a4", "TensorCoreConvRotW4A4Layout", 4, 4,
             lambda k: _rotated()(k) if k % 64 == 0 else None,
             lambda k: {"convrot_groupsize": rotation(k)},
-            lambda n, k: n * k // 2 + 4 * n,
+            lambda n, k: {"": (I8, (n, k // 2)), "scale": (F32, (n,))},
             "rotated int4, no calibration",
         ),
         CoreFormat(
             "asym_w4a8_int8", "AsymW4A8Int8Layout", 4, 8,
             _rotated(group_size=16),
             lambda k: {"group_size": 16, "convrot_groupsize": rotation(k)},
-            lambda n, k: n * k // 2 + n * k // 16 + 4 * n + 64,
+            lambda n, k: {"": (I8, (n, k // 2)), "scale": (E4M3, (n, k // 16)), "s_channel": (F32, (n,)),
+                          "codebook": (F32, (16,))},
             "4-bit weights, 8-bit activations",
         ),
         CoreFormat(
             "int8_tensorwise", "TensorWiseINT8Layout", 8, 8,
             _rotated(per_channel=True, convrot=True),
             lambda k: {"convrot": True, "convrot_groupsize": rotation(k)},
-            lambda n, k: n * k + 4 * n,
+            lambda n, k: {"": (I8, (n, k)), "scale": (F32, (n, 1))},
             "8-bit weights and activations",
         ),
     )
@@ -114,6 +120,15 @@ def nvfp4_scale(x: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
+def blank(id: str, n: int, k: int, dtype: torch.dtype) -> QuantizedTensor:
+    """What `quantize` gives for an (N, K) weight, without values: on torch's meta device."""
+    row = FORMATS[id]
+    parts = {name: torch.empty(shape, dtype=dt, device="meta") for name, (dt, shape) in row.stored(n, k).items()}
+    codes = parts.pop("")
+    params = get_layout_class(row.layout).Params(**parts, **row.config(k), orig_dtype=dtype, orig_shape=(n, k))
+    return QuantizedTensor(codes, row.layout, params)
+
+
 def output_error(x: Tensor, w: Tensor, weight: QuantizedTensor) -> float:
     """`checks.relative_error` over tokens ``x`` (T, K), through the format's own linear."""
     return relative_error(_linear(x.to(weight.dtype), weight).float(), x @ w.t())
@@ -131,4 +146,4 @@ def _linear(x: Tensor, weight: QuantizedTensor) -> Tensor:
 
 def stored_bytes(id: str, n: int, k: int) -> int:
     """Bytes of an (N, K) weight in the format ``id``, scales and tables included."""
-    return FORMATS[id].nbytes(n, k)
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in FORMATS[id].stored(n, k).values())

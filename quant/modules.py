@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor, nn
 
-from . import awq, datafree, kernels, svdquant
+from . import awq, core_formats, datafree, kernels, svdquant
 from .checks import naming, require_float
 from .policy import LayerPlan
 from .schemes import AWQ, KEEP, SVDQUANT
@@ -40,6 +41,36 @@ def quantize_weight(
         raise ValueError(f"no quantizer for scheme {plan.scheme!r}")
     norm = weight.float().norm()
     return QuantizedLayer(q, bias, float((dense - weight.float()).norm() / norm) if norm > 0 else 0.0)
+
+
+def blank(shape: tuple[int, int], bias: Tensor | None, plan: LayerPlan, dtype: torch.dtype):
+    """(weight, bias) that quantizing an (N, K) weight by ``plan`` gives, without values: on torch's meta device.
+    ``bias``: the float layer's, there or anywhere. Raises ValueError for an unknown scheme.
+    """
+    n, k = shape
+    if plan.scheme == SVDQUANT.id:
+        weight = svdquant.blank(n, k, min(plan.rank, n, k), dtype, plan.act_unsigned)
+        if plan.act_unsigned:  # its bias has the shift taken off
+            bias = torch.empty(n, dtype=dtype if bias is None else bias.dtype, device="meta")
+    elif plan.scheme == AWQ.id:
+        weight = awq.blank(n, k, dtype)
+    elif plan.scheme in core_formats.FORMATS:
+        weight = core_formats.blank(plan.scheme, n, k, dtype)
+    else:
+        raise ValueError(f"no quantizer for scheme {plan.scheme!r}")
+    return weight, bias
+
+
+def without_values(weight):
+    """A solved weight of any kind (ours, a QuantizedTensor, a dense tensor) on torch's meta device."""
+    if isinstance(weight, QuantizedTensor):
+        params = weight._params
+        sides = {n: getattr(params, n) for n in params._tensor_fields()}
+        params = replace(params, **{n: t.to("meta") for n, t in sides.items() if t is not None})
+        return QuantizedTensor(weight._qdata.to("meta"), weight._layout_cls, params)
+    if isinstance(weight, Tensor):
+        return weight.to("meta")
+    return replace(weight, **{n: t.to("meta") for n, t in vars(weight).items() if isinstance(t, Tensor)})
 
 
 def _as(new: Tensor | None, old: Tensor | None, dtype: torch.dtype) -> Tensor | None:

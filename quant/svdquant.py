@@ -68,6 +68,13 @@ class SVDQuantWeight:
         return replace(self, **sides)
 
 
+def blank(n: int, k: int, rank: int, dtype: torch.dtype, act_unsigned: bool = False) -> SVDQuantWeight:
+    """What quantizing an (N, K) weight gives, without values: on torch's meta device."""
+    shapes = ((k // GROUP, n), (k,), (k, rank), (n, rank))
+    sides = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    return SVDQuantWeight(torch.empty(n, k // 2, dtype=torch.int8, device="meta"), *sides, act_unsigned)
+
+
 def residual(w: SVDQuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The 4-bit part in the raw-x domain: codes * wscales / smooth_factor, (N, K) computed in ``dtype``."""
     n, k = w.shape

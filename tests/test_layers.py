@@ -21,15 +21,16 @@ CORE = {
     "quant",
     "demo",
     "reading",
+    "writing",
 }
 ALLOWED = {
     "": {"nodes"},
     "nodes": CORE,
     "headless": CORE,
-    "training": {"lora", "sampling", "quant", "reading"},
+    "training": {"lora", "sampling", "quant", "reading", "writing"},
     "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
-    "checkpoints": {"quant"},
-    "demo": {"metrics", "training", "adapters", "reading"},
+    "checkpoints": {"quant", "writing"},
+    "demo": {"metrics", "training", "adapters", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
     "quant": set(),
     "prompts": {"reading"},
@@ -38,6 +39,7 @@ ALLOWED = {
     "metrics": set(),
     "adapters": set(),
     "reading": set(),
+    "writing": {"reading"},
 }
 # Inside checkpoints/: formats know bytes, families know names, and neither knows the other.
 APART = (("checkpoints.formats", "checkpoints.families"), ("checkpoints.families", "checkpoints.formats"))

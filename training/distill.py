@@ -73,20 +73,24 @@ class Settings:
 @dataclass(frozen=True)
 class Outcome:
     """``before``, ``after``: mean squared distance of few-step pictures to the teacher's, on pairs that were kept out
-    of training (lcf: to one's own pictures, as their loss). ``losses``: one a step, of all rounds.
+    of training (lcf: to one's own pictures, as their loss). ``losses``: one a step, of all rounds. ``notes``,
+    ``kept``: see `loop.Result`.
     """
 
     before: float
     after: float
     losses: tuple[float, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
+    kept: bool = False
 
 
 Tell = Callable[[str, int, int], None]  # what, done, total
 
 
-def run(task: Task, settings: Settings, work: File, watch: Watch, tell: Tell = lambda *_: None) -> Outcome:
-    """Trains ``task.params`` in place. ``work``: a folder of this run's own for pairs and state; both are resumed.
+def run(task: Task, settings: Settings, work: File | None, watch: Watch, tell: Tell = lambda *_: None) -> Outcome:
+    """Trains ``task.params`` in place. ``work``: a folder of this run's own for pairs and state; both are resumed. None
+    keeps neither.
 
     Raises ValueError in one sentence for a mode that needs pictures and has none, and for settings that do not fit.
     """
@@ -100,20 +104,24 @@ def run(task: Task, settings: Settings, work: File, watch: Watch, tell: Tell = l
     before = mode.measure(task, settings, held)
     results = mode.train(task, settings, train_on, work, watch)
     losses = tuple(x for r in results for x in r.losses)
-    return Outcome(before, mode.measure(task, settings, held), losses, sum(r.seconds for r in results))
+    notes = tuple(n for r in results for n in r.notes)
+    seconds, kept = sum(r.seconds for r in results), all(r.kept for r in results)
+    return Outcome(before, mode.measure(task, settings, held), losses, seconds, notes, kept)
 
 
-def _pairs(task: Task, settings: Settings, learned: int, work: File, tell: Tell) -> reflow.Pairs:
+def _pairs(task: Task, settings: Settings, learned: int, work: File | None, tell: Tell) -> reflow.Pairs:
     """``learned`` pairs and `EXTRA` more."""
     making = reflow.Making(
         learned + EXTRA, task.shape, settings.teacher_steps, settings.cfg, settings.plan.seed,
         about=settings.about,
     )  # fmt: skip
 
+    folder = None if work is None else work / "pairs"
+
     def say(done: int, total: int) -> None:
         tell("pictures of the teacher", done, total)
 
-    return reflow.make((task.teacher, task.path), (task.cond, task.empty), making, work / "pairs", say, task.device)
+    return reflow.make((task.teacher, task.path), (task.cond, task.empty), making, folder, say, task.device)
 
 
 def _cut(made: reflow.Pairs) -> tuple[reflow.Pairs, reflow.Pairs]:

@@ -17,12 +17,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..writing.whole import WriteError
 from . import optimizers
 from .state import State
 
 log = logging.getLogger(__name__)
 COSINE, CONSTANT = "cosine", "constant"
 SCHEDULES = (COSINE, CONSTANT)
+SAVE_SECONDS, SAVE_SHARE, SAVE_COST = 60.0, 0.05, 0.02  # between two states, of the updates, of the run's time
+SAVE_SPEED = 3e8  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ class Watch:
 
 @dataclass(frozen=True)
 class Result:
-    """``losses``: one a step, those before a resumption too. ``seconds``: of all parts of the run together."""
+    """``losses``: one a step, those before a resumption too. ``seconds``: of all parts of the run together. ``notes``:
+    what was there of an earlier one, and what could not be kept or read again. ``kept``: the end is, on disk.
+    """
 
     losses: tuple[float, ...] = field(repr=False)
     seconds: float
+    notes: tuple[str, ...] = ()
+    kept: bool = False
 
 
 def learning_rate(plan: Plan, step: int) -> float:
@@ -117,11 +124,12 @@ def train(
     loss: Callable[[int, torch.Generator], Tensor],
     work: Path | None = None,
     watch: Watch = Watch(),
-    save_every: float = 120.0,
+    save_every: float = SAVE_SECONDS,
 ) -> Result:
     """Runs ``plan`` to its end and leaves the averaged weights in place. ``work``: folder of the resumable state
-    ``<plan.name>.state.safetensors``, saved every ``save_every`` seconds, at the end and when the run is stopped; None
-    keeps none.
+    ``<plan.name>.state.safetensors``, None for none. It is saved at the end, when the run is stopped, and every
+    ``save_every`` seconds or `SAVE_SHARE` of the updates, but no more often than `SAVE_COST` of the time allows; after
+    each update for 0 seconds. A state that cannot be written does not stop the run.
 
     Raises ValueError when the loss is not finite, or when ``work`` holds the state of another plan.
     """
@@ -130,8 +138,8 @@ def train(
     state = None if work is None else State(work / f"{plan.name}.state.safetensors", plan, params)
     if state is not None:
         run.resume(state)
-    began = saved = time.monotonic()
-    before = run.seconds
+    began, before = time.monotonic(), run.seconds
+    saver = Saver(plan.steps, len(run.losses), save_every, sum(4 * p.nbytes for p in params) / SAVE_SPEED)
     try:
         while len(run.losses) < plan.steps:
             run.backward()
@@ -139,15 +147,37 @@ def train(
             run.tell()
             now = time.monotonic()
             run.seconds = before + now - began
-            if state is not None and (now - saved >= save_every or len(run.losses) == plan.steps):
+            if state is not None and saver.due(len(run.losses)):
                 run.save(state)
-                saved = now
+                saver.saved(len(run.losses))
     except BaseException:
         if state is not None and run.whole:
             run.save(state)
         raise
     run.average.copy_to()
-    return Result(tuple(run.losses), run.seconds)
+    return Result(tuple(run.losses), run.seconds, tuple(run.notes), run.kept)
+
+
+class Saver:
+    """Says when to save; see `train`. ``cost``: seconds that the first save is expected to take."""
+
+    def __init__(self, steps: int, done: int, every: float, cost: float, clock: Callable[[], float] = time.monotonic):
+        self.steps, self.done, self.every, self.cost, self.clock = steps, done, every, cost, clock
+        self.began = self.at = self.asked = clock()
+        self.spent = 0.0
+
+    def due(self, done: int) -> bool:
+        """Whether to save after update ``done``; `saved` is told afterwards."""
+        self.asked = now = self.clock()
+        if done == self.steps or not self.every:
+            return True
+        often = done - self.done >= SAVE_SHARE * self.steps or now - self.at >= self.every
+        return often and self.spent + self.cost <= SAVE_COST * (now - self.began)
+
+    def saved(self, done: int) -> None:
+        self.done, self.at = done, self.clock()
+        self.cost = self.at - self.asked
+        self.spent += self.cost
 
 
 class _Run:
@@ -158,7 +188,8 @@ class _Run:
         self.optimizer = optimizers.make(plan, params)
         self.average = Average(params, plan.ema)
         self.losses: list[float] = []
-        self.seconds, self.whole, self.value = 0.0, True, 0.0
+        self.notes: list[str] = []
+        self.seconds, self.whole, self.kept, self.value = 0.0, True, False, 0.0
 
     def backward(self) -> None:
         """Gradients of one update."""
@@ -199,7 +230,22 @@ class _Run:
         self.watch.step(done, total, self.losses[-1])
 
     def save(self, state: State) -> None:
-        state.save(self.optimizer, self.average.values, self.losses, self.seconds)
+        self.kept = False
+        try:
+            state.save(self.optimizer, self.average.values, self.losses, self.seconds)
+            self.kept = True
+        except WriteError as e:
+            note = f"What the run had reached could not be kept: {e}"
+            if note not in self.notes:
+                log.warning(note)
+                self.notes.append(note)
 
     def resume(self, state: State) -> None:
         self.losses, self.seconds = state.load(self.optimizer, self.average.values)
+        if state.note:
+            log.warning(state.note)
+            self.notes.append(state.note)
+        if self.losses:
+            done = f"{len(self.losses)} of {self.plan.steps} updates"
+            self.notes.append(f"Went on with a run that was stopped: {done} were done already")
+        self.kept = len(self.losses) == self.plan.steps

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import Adapters
+from .adapters import Adapters, linears
 from .checkpointing import checkpointed
 from .data import Batches, Sample
 from .denoise import Denoiser
@@ -54,6 +54,13 @@ def usual(names: Sequence[str]) -> list[str]:
     """The layers of ``names`` that a LoRA is usually made of: attention and feed-forward."""
     chosen = [n for n in names if any(part in n for part in USUAL)]
     return chosen or list(names)
+
+
+def file_bytes(module: torch.nn.Module, rank: int) -> int:
+    """Bytes of the LoRA that is trained on ``module``'s usual layers, in float32."""
+    found = linears(module)
+    shapes = [found[n].weight.shape for n in usual(list(found))]
+    return sum(4 * (rank * (n + k) if rank else n * k) for n, k in shapes)
 
 
 def objective(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe):

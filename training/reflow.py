@@ -17,18 +17,20 @@ of seed and i. A shard is written whole or not at all; those that are there, of 
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path as File
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..sampling.straightness import Straightness, measure
+from ..writing import kept
+from ..writing.whole import WriteError
 from .paths import Answer, Cond, Model, Path, even, follow, guided, pick
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,20 +70,20 @@ def make(
     teacher: tuple[Model, Path],
     prompts: tuple[Cond, object | None],
     making: Making,
-    folder: File,
+    folder: File | None,
     tell: Callable[[int, int], None] = lambda _done, _total: None,
     device: torch.device | str = "cpu",
 ) -> Pairs:
-    """The pairs that ``making`` describes, from shards in ``folder`` or made now. ``prompts``: (one condition a prompt,
-    the negative one or None). ``tell(done, total)`` is called before each evaluation of the teacher and may raise to
-    stop. Pair i has prompt i modulo their number.
+    """The pairs that ``making`` describes, from shards in ``folder`` (None: none are kept) or made now. ``prompts``:
+    (one condition a prompt, the negative one or None). ``tell(done, total)`` is called before each evaluation of the
+    teacher and may raise to stop. Pair i has prompt i modulo their number.
     """
     (model, path), (cond, empty) = teacher, prompts
     rows, parts = len(cond), []
     for first in range(0, making.count, making.shard):
         index = torch.arange(first, min(first + making.shard, making.count))
-        where = folder / f"pairs-{first:08}.safetensors"
-        found = _read(where, making, len(index))
+        where = None if folder is None else folder / f"pairs-{first:08}.safetensors"
+        found = None if where is None else _read(where, making, len(index))
         if found is None:
             noise = torch.stack([making.noise(int(i)) for i in index]).to(device)
             batch = pick(cond, index % rows), None if empty is None else [empty] * len(index)
@@ -89,7 +91,8 @@ def make(
             stops = even(len(path), making.steps)
             _, answers = follow(answer, path, noise, stops, lambda at=first: tell(at, making.count))
             found = {"x1": answers[-1].half().cpu(), "row": index % rows}
-            _write(where, found, making)
+            if where is not None:
+                _write(where, found, making)
         parts.append((torch.stack([making.noise(int(i)) for i in index]), found["x1"].float(), found["row"]))
         tell(min(first + making.shard, making.count), making.count)
     return Pairs(*(torch.cat(t) for t in zip(*parts, strict=True)))
@@ -100,24 +103,20 @@ def _record(making: Making) -> str:
     return json.dumps(kept | {"shape": list(making.shape)}, sort_keys=True)
 
 
-def _write(where: File, tensors: dict[str, Tensor], making: Making) -> None:
-    where.parent.mkdir(parents=True, exist_ok=True)
-    part = where.with_name(f".{where.name}.{os.getpid()}.part")
+def _write(where: File, found: dict[str, Tensor], making: Making) -> None:
     try:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"making": _record(making)})
-        os.replace(part, where)
-    finally:
-        part.unlink(missing_ok=True)
+        kept.save(where, found, {"making": _record(making)}, durable=False)
+    except WriteError as e:  # it is made again if the run is stopped
+        log.warning("The teacher's pictures cannot be kept: %s", e)
 
 
 def _read(where: File, making: Making, count: int) -> dict[str, Tensor] | None:
     """A shard of the same making; None for one that is absent, cut off, shorter, or another's."""
     try:
-        with safe_open(where, framework="pt") as f:
-            if f.metadata().get("making") != _record(making):
-                return None
-            found = {n: f.get_tensor(n) for n in ("x1", "row")}
-    except (SafetensorError, OSError, AttributeError):
+        found, values = kept.load(where)
+    except kept.Damaged:
+        return None
+    if values.get("making") != _record(making):
         return None
     return found if found["x1"].shape == (count, *making.shape) and found["row"].shape == (count,) else None
 

@@ -15,6 +15,7 @@ from comfy_kitchen.tensor import QuantizedTensor
 from server import PromptServer
 
 from ...checkpoints import families, resume
+from ...checkpoints.lazy import Asked
 from ...checkpoints.save import record
 from ...quant import kernels
 from ...quant.calib import allocate, engine, report
@@ -23,7 +24,8 @@ from ...quant.calib.presets import preset as preset_row
 from ...quant.policy import LayerPlan, plan, retarget
 from ...quant.schemes import KEEP
 from ...reading.names import encodable
-from . import selfcheck, train_model
+from ...writing import unfinished
+from . import outputs, selfcheck, train_model
 from .build import weight_of, with_layers
 
 FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
@@ -63,7 +65,7 @@ def split(positive, negative) -> tuple:
 
 
 def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: str | None = None):
-    """(new MODEL, {layer: solved}, markdown report, PIL chart). ``folder``: where an interrupted run is kept.
+    """(new MODEL, {layer: solved}, markdown report, PIL chart). ``folder``: where unfinished runs are kept.
 
     Raises ValueError in one sentence for a model that is 4-bit already, compiled, or has nothing to quantize.
     """
@@ -85,27 +87,39 @@ def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: 
         seed=settings.seed,
         fit=settings.budget - _other_bytes(model, plans) if settings.budget else None,
     )
-    store = resume.Folder(folder, _signature(model, inputs, settings, plans))
     progress = Progress(node_id, len(job.plans))
-    watch = Watch(progress.layer, comfy.model_management.throw_exception_if_processing_interrupted, store)
-    layers = engine.calibrate(module, job, watch)
-    out = with_layers(model, layers, dtype)
-    out.attachments["nibble_record"] = _record(settings, inputs, layers, family)
-    store.clear()
+    signature, what = _signature(model, inputs, settings, plans), f"Calibrate to 4-bit, {family}"
+    with unfinished.run(folder, signature, what, engine.solved_bytes(_shapes(module), job.plans)) as kept:
+        store = None if kept.folder is None else resume.Folder(kept.folder)
+        watch = Watch(progress.layer, comfy.model_management.throw_exception_if_processing_interrupted, store)
+        layers = engine.calibrate(module, job, watch)
+        out = with_layers(model, layers, dtype)
+        out.attachments["nibble_record"] = _record(settings, inputs, layers, family)
+        kept.finish()
     tell(node_id, report.summary(layers, row.id))
-    return out, layers, report.table(layers, row.id), report.chart(layers, f"{family}: relative output error by layer")
+    said = outputs.with_notes(report.table(layers, row.id), [*(store.notes() if store else ()), *kept.notes])
+    return out, layers, said, report.chart(layers, f"{family}: relative output error by layer")
 
 
 def plans_of(model, settings: Settings) -> tuple[dict[str, LayerPlan], str]:
     """(plan of every linear by its native name, family title)."""
     module = model.model.diffusion_model
-    shapes = {n: (m.out_features, m.in_features) for n, m in module.named_modules() if hasattr(m, "in_features")}
-    names = {k: tuple(v.shape) for k, v in module.state_dict().items()} | {f"{n}.weight": s for n, s in shapes.items()}
+    shapes = _shapes(module)
+    names = {k: tuple(v.shape) for k, v in _state(module).items()} | {f"{n}.weight": s for n, s in shapes.items()}
     family, _ = families.detect(names)
     plans = retarget(plan(shapes, family.rules, settings.rank), shapes, settings.target)
     if all(p.scheme == KEEP for p in plans.values()):
         raise ValueError("Nothing in this model can be quantized: no linear layer has a width that is a multiple of 64")
     return plans, family.title
+
+
+def _shapes(module) -> dict[str, tuple[int, int]]:
+    return {n: (m.out_features, m.in_features) for n, m in module.named_modules() if hasattr(m, "in_features")}
+
+
+def _state(module) -> dict[str, torch.Tensor]:
+    """The state's tensors: a module may keep something else in it (``_extra_state``)."""
+    return {k: v for k, v in module.state_dict().items() if isinstance(v, torch.Tensor)}
 
 
 def refuse_quantized(module, remedy: str) -> None:
@@ -138,7 +152,7 @@ def _side_dtype(model) -> torch.dtype:
 def _other_bytes(model, plans: dict[str, LayerPlan]) -> int:
     """Bytes in a file of everything that is not a planned layer's weight, as the model holds it, and its header."""
     planned = {f"{n}.weight" for n, p in plans.items() if p.scheme != KEEP}
-    state = model.model.diffusion_model.state_dict()
+    state = _state(model.model.diffusion_model)
     rest = [v.numel() * v.element_size() for k, v in state.items() if k not in planned]
     return sum(rest) + allocate.file_overhead(len(planned), len(rest))
 
@@ -159,12 +173,13 @@ def _sample(model, inputs: Inputs, settings: Settings, node_id: str | None) -> N
 
 
 def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, LayerPlan]) -> str:
-    weights = {n: weight_of(model, f"{n}.weight") for n, p in plans.items() if p.scheme != KEEP}
+    planned = [n for n, p in plans.items() if p.scheme != KEEP]
+    weights = Asked(planned, lambda n: weight_of(model, f"{n}.weight"))
     conds = {}
     for i, pair in enumerate(inputs.pairs):
         for side, cond in zip(("positive", "negative"), pair, strict=True):
             conds |= {f"{i}.{side}.{j}": entry[0] for j, entry in enumerate(cond)}
-    return resume.run_signature(
+    return resume.signature(
         weights=resume.fingerprint(weights), conds=resume.fingerprint(conds), settings=vars(settings),
         latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank, p.act_unsigned] for n, p in plans.items()},
         method=engine.METHOD,

@@ -121,4 +121,5 @@ def vae():
         number = int(index) + (half == "decoder")
         sd[f"taesd_{half}.{number}.{rest}"] = value
     sd["vae_scale"] = torch.tensor(SD15_LATENT_SCALE / config["scaling_factor"])
+    sd["vae_shift"] = torch.tensor(0.0)  # its own value, which ComfyUI misses in a file
     return comfy.sd.VAE(sd=sd)

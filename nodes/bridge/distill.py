@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import comfy.model_management as mm
 import comfy.sample
 import comfy.sd
 import comfy.utils
-import folder_paths
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
@@ -27,11 +25,12 @@ from ...training.chart import loss_chart
 from ...training.consistency import Consistency
 from ...training.denoise import Denoiser
 from ...training.loop import Plan, Watch
-from . import selfcheck, train_model
+from ...writing.room import check_room
+from . import outputs, selfcheck, train_model
 from .build import weight_of
 from .calibrate import encode, split, tell
 from .sampling import facts_of
-from .training import Live
+from .training import STATES, Live
 
 
 @dataclass(frozen=True)
@@ -89,18 +88,22 @@ def distill(models: tuple, inputs: Inputs, settings: Settings, out: Path, node_i
     LoRA file to write.
 
     A stopped run's pairs and state are kept under output/ until the same run ends. Raises ValueError in one sentence
-    for inputs that do not fit the way.
+    for inputs that do not fit the way, or a disk without room. Where ``out`` cannot be written in the end, see
+    `outputs.save`.
     """
     selfcheck.require()
     model, other = models
+    size = lora.file_bytes(model.model.diffusion_model, settings.rank)
+    check_room(out, size)
     student = train_model.resident(model)
     teacher = None if other is None else train_model.resident(other)
     loaded = [m for m in (student, teacher) if m is not None]
     mm.load_models_gpu(loaded, force_full_load=True)
     chosen = settings.core(_signature(models, inputs, settings), train_model.loss_scale(student))
-    work = Path(folder_paths.get_output_directory()) / "nibble-training" / chosen.about
+    what = f"Distill to Few Steps, {settings.mode}, {settings.updates} updates"
     live = Live(student, settings.updates, node_id)
     with ExitStack() as stack:
+        kept = stack.enter_context(outputs.unfinished_run(chosen.about, what, _kept_bytes(size, inputs, settings)))
         for m in loaded:
             stack.enter_context(train_model.learning(m))
         module = student.model.diffusion_model
@@ -108,14 +111,20 @@ def distill(models: tuple, inputs: Inputs, settings: Settings, out: Path, node_i
         adapters.to(student.load_device)
         stack.enter_context(adapters.attached(live.check))
         task = _task(live.seen(train_model.denoiser(student)), (student, teacher), adapters, inputs)
-        result = core.run(task, chosen, work, Watch(live.step, live.check), _teller(node_id, live))
-        state = adapters.state_dict()
-    info = _metadata(settings, model, out.stem)
-    save(out, state, info)
-    shutil.rmtree(work, ignore_errors=True)
+        result = core.run(task, chosen, kept.folder, Watch(live.step, live.check), _teller(node_id, live))
+        state, info = adapters.state_dict(), _metadata(settings, model, out.stem)
+        note = outputs.save(out, lambda path: save(path, state, info), result.kept)
+        kept.finish()
     trained, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
     trained.set_attachments("lora_metadata", info)  # so that Few-Step Sampler knows it
-    return trained, report(settings, result, len(adapters.factors)), loss_chart(result.losses, "loss")
+    said = outputs.with_notes(report(settings, result, len(adapters.factors)), [note, *result.notes, *kept.notes])
+    return trained, said, loss_chart(result.losses, "loss")
+
+
+def _kept_bytes(size: int, inputs: Inputs, settings: Settings) -> int:
+    """What an unfinished run keeps at most. ``size``: of the LoRA; f-, its moving average, has a state, too."""
+    pairs = (settings.pairs + core.EXTRA) * inputs.samples[0].numel() * 2
+    return pairs + 2 * STATES * size
 
 
 def conditions(model, pairs: tuple, shape: tuple[int, ...]) -> tuple[list, object]:
@@ -164,7 +173,7 @@ def fingerprint(model) -> str:
         ours = isinstance(weight, QuantizedTensor)
         weights[name] = weight._qdata if ours else weight_of(model, f"{name}.weight")
     strengths = {str(key): [p[0] for p in value] for key, value in model.patches.items()}
-    return resume.signature(weights=resume.fingerprint(weights), patches=strengths)
+    return resume.digest(weights=resume.fingerprint(weights), patches=strengths)
 
 
 def _signature(models: tuple, inputs: Inputs, settings: Settings) -> str:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from ...checkpoints import header
 from ...reading import picture, textfile
+from ...writing import unfinished
 
 NONE = "none"
 DEPTH, MOST = 2, 500  # of the list of folders
@@ -30,7 +31,8 @@ def choices() -> list[str]:
     for name, root in roots().items():
         for folder, below, _ in os.walk(root):
             relative = Path(folder).relative_to(root)
-            below[:] = sorted(d for d in below if not d.startswith(".")) if len(relative.parts) < DEPTH else []
+            shown = [d for d in below if not d.startswith(".") and d != unfinished.FOLDER]
+            below[:] = sorted(shown) if len(relative.parts) < DEPTH else []
             out.append("/".join((name, *relative.parts)))
             if len(out) > MOST:
                 return out

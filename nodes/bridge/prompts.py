@@ -17,6 +17,7 @@ from ...prompts.reader import DomainError
 from ...prompts.spec import AUTO, PROSE, SIDES, TAGS, Domain
 from ...reading import textfile
 from ...reading.names import shown
+from ...writing import whole
 from .. import files
 
 FOLDER, OWN, ENDING = "nibble_domains", "user/", ".yaml"
@@ -168,8 +169,7 @@ def save(written: str, name: str, title: str, keep: str, family: str, nodes: Map
     there = {entry["file"] for entry in data["loras"]}
     data["loras"] += [dict(file=f, family=family, strength=round(s, 4)) for f, s in loras if f not in there]
     schema.parse(data, f"{name}{ENDING}")
-    path = files.new_output(f"{FOLDER}/{name}", ENDING)
-    part = f"{path}.part"
-    Path(part).write_text(bake.to_yaml(data), encoding="utf-8", newline="\n")
-    os.replace(part, path)
+    with whole.named(f"{name}{ENDING}"):
+        path = files.new_output(f"{FOLDER}/{name}", ENDING)
+    whole.text(Path(path), bake.to_yaml(data))
     return files.below_output(path)

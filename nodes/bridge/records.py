@@ -14,6 +14,7 @@ from ...profiling.calibrate import Constants
 from ...profiling.report import FORMAT, MAX_BYTES, Run, from_json
 from ...profiling.timeline import timeline
 from ...reading.names import UNENCODABLE, encodable, shown
+from ...writing import whole
 from .. import files
 
 FOLDER = "nibble"
@@ -67,23 +68,11 @@ def new_files(prefix: str) -> Files:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes through a temporary file in the same folder, so that nobody ever reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole.data(path, data)
 
 
 def write_picture(path: Path, image) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        image.save(part, "PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    whole.picture(path, image)
 
 
 def saved() -> list[str]:

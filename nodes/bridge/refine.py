@@ -23,7 +23,8 @@ from ...training import refine as core
 from ...training.chart import loss_chart
 from ...training.loop import Plan, Watch, train
 from ...training.tuned import Tuner
-from . import calibrate, selfcheck, train_model
+from ...writing.room import check_room
+from . import calibrate, outputs, selfcheck, train_model
 from .build import assemble, dense_state, weight_of
 from .calibrate import tell
 from .distill import Inputs, conditions, latents
@@ -54,7 +55,7 @@ class Settings:
 
 def loftq(model, settings: Start, out: Path, node_id: str | None = None):
     """(4-bit MODEL, the same with the LoRA, report). Writes the LoRA to ``out``. Raises ValueError in one sentence for
-    a model that is 4-bit already or has nothing to quantize.
+    a model that is 4-bit already or has nothing to quantize, or a disk without room.
     """
     selfcheck.require()
     require_free(out)
@@ -65,6 +66,8 @@ def loftq(model, settings: Start, out: Path, node_id: str | None = None):
     plans, family = calibrate.plans_of(model, whole)
     plans = {n: p for n, p in plans.items() if p.scheme != KEEP}
     dtype, device = side_dtype(model), mm.get_torch_device()
+    layers = {n: m for n, m in model.model.diffusion_model.named_modules() if n in plans}
+    check_room(out, sum(settings.rank * sum(m.weight.shape) * dtype.itemsize for m in layers.values()))
     bar, done, biases = comfy.utils.ProgressBar(len(plans), node_id=node_id), {}, {}
     for name, plan in plans.items():
         mm.throw_exception_if_processing_interrupted()
@@ -77,10 +80,10 @@ def loftq(model, settings: Start, out: Path, node_id: str | None = None):
     base = with_weights(model, {n: x.weight for n, x in done.items()}, biases, dtype)
     state = _lora(done)
     info = {"modelspec.title": out.stem, "nibble_loftq": json.dumps({**asdict(settings), "family": family})}
-    save(out, state, info | record(method="loftq"))
+    note = outputs.save(out, lambda path: save(path, state, info | record(method="loftq")))
     base.attachments["nibble_record"] = record(scheme=SVDQUANT.id, calibration={"method": "loftq", **asdict(settings)})
     both, _ = comfy.sd.load_lora_for_models(base, None, state, 1.0, 0.0)
-    return base, both, initial.table(done)
+    return base, both, outputs.with_notes(initial.table(done), [note])
 
 
 def side_dtype(model) -> torch.dtype:

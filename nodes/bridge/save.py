@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -10,6 +11,8 @@ from comfy.cli_args import args
 
 from ...checkpoints import save
 from ...checkpoints.formats import comfy_quant
+from ...quant import kernels
+from ...writing import room
 
 PREFIX = "model.diffusion_model."
 
@@ -18,6 +21,7 @@ def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -
     """Writes ``model`` to ``path`` with native names. The workflow goes into the metadata unless the user disabled
     that, or it is too large for a file that can be read again.
     """
+    room.check_room(Path(path), kernels.held(model.model.diffusion_model))
     comfy.model_management.load_models_gpu([model])
     sd = model.state_dict_for_saving()
     tensors = {k.removeprefix(PREFIX): v.to("cpu") for k, v in sd.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
@@ -13,9 +12,9 @@ from server import PromptServer
 from ...metrics import features, optional, pairing
 from ...metrics.table import Scores, mean
 from ...reading import textfile
-from .. import files
+from ...writing import whole
 from . import clip as encoders
-from . import pictures, records
+from . import outputs, pictures
 from .pictures import Pictures
 
 ENOUGH = 2048  # pictures for an Inception FID that others would compare; below, KID is the steadier number
@@ -45,12 +44,15 @@ class Given:
 
 
 def run(given: Given) -> tuple[str, str, str]:
-    """(markdown, CSV, name of the saved CSV under output/). Raises ValueError when there is nothing to score."""
+    """(markdown, CSV, where the CSV is saved or why not). Raises ValueError when there is nothing to score."""
     result = score(given)
     csv = result.to_csv()
-    path = files.new_output("nibble/scores", ".csv")
-    records.write_whole(Path(path), csv.encode())
-    return result.markdown(), csv, files.below_output(path)
+    try:
+        path = outputs.new("nibble/scores", ".csv")
+        whole.text(path, csv)
+    except whole.WriteError as e:
+        return result.markdown(), csv, f"The scores are not saved. {e}."
+    return result.markdown(), csv, f"Saved as {outputs.name_of(path)}."
 
 
 def score(given: Given) -> Scores:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import comfy.model_management as mm
 import comfy.sd
 import comfy.utils
-import folder_paths
 import latent_preview
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
@@ -22,12 +20,14 @@ from ...training.adapters import Adapters, linears
 from ...training.chart import loss_chart
 from ...training.denoise import Denoiser
 from ...training.loop import Plan, Watch
-from . import selfcheck, train_model
+from ...writing.room import check_room
+from . import outputs, selfcheck, train_model
 from .build import weight_of
 from .calibrate import tell
 
 EVERY = 2.0  # seconds between two charts on the node
 SEEN = 96  # pixels across of the preview in it
+STATES = 8  # a LoRA's size: value, average and adamw's two moments, twice while one state takes the other's place
 
 
 @dataclass(frozen=True)
@@ -62,29 +62,37 @@ def train(parts: tuple, folder: Path, settings: Settings, out: Path, node_id: st
     """(MODEL with the LoRA, report, PIL chart). ``parts``: MODEL, CLIP, VAE. ``out``: the file to write.
 
     A stopped run's state is kept under output/ until the same run ends. Raises ValueError in one sentence for a folder
-    that cannot be trained on, or a model that cannot be.
+    that cannot be trained on, a model that cannot be, or a disk without room. Where ``out`` cannot be written in the
+    end, see `outputs.save`.
     """
     selfcheck.require()
     model, clip, vae = parts
     found = data.examples(folder)
     target = train_model.resident(model)
+    size = lora.file_bytes(target.model.diffusion_model, settings.rank)
+    check_room(out, size)
     texts = _encoded(clip, [e.caption for e in found], node_id)
     latents = _latents(vae, found, settings.side, target, node_id)
     recipe = settings.recipe(train_model.loss_scale(target))
-    work = _work(model, found, settings)
-    with train_model.placed(target, settings.compress):
+    run = _signature(model, found, settings), f"Train LoRA, {len(found)} pictures, {settings.steps} steps"
+    with (
+        outputs.unfinished_run(*run, STATES * size) as kept,
+        train_model.placed(target, settings.compress),
+    ):
         rows = [_sample(target, z, texts[e.caption], texts[""]) for z, e in zip(latents, found, strict=True)]
         chosen = data.split(len(rows), settings.hold_out, settings.seed)
         samples = tuple([rows[i] for i in part] for part in chosen)
         adapters = _adapters(target, settings)
         live = Live(target, recipe.plan.steps, node_id)
         denoiser = live.seen(train_model.denoiser(target))
-        outcome = lora.train_lora(denoiser, adapters, samples, recipe, work, Watch(live.step, live.check))
+        outcome = lora.train_lora(denoiser, adapters, samples, recipe, kept.folder, Watch(live.step, live.check))
         state = adapters.state_dict()
-    save(out, state, lora.metadata(recipe, outcome, len(found), out.stem))
-    shutil.rmtree(work, ignore_errors=True)
+        info = lora.metadata(recipe, outcome, len(found), out.stem)
+        note = outputs.save(out, lambda path: save(path, state, info), outcome.result.kept)
+        kept.finish()
     trained, _ = comfy.sd.load_lora_for_models(model, None, state, 1.0, 0.0)
     report = lora.report(recipe, outcome, (len(samples[0]), len(samples[1])), len(adapters.factors))
+    report = outputs.with_notes(report, [note, *outcome.result.notes, *kept.notes])
     return trained, report, loss_chart(outcome.result.losses, "loss", recipe.plan.steps)
 
 
@@ -125,14 +133,13 @@ def _adapters(model, settings: Settings) -> Adapters:
     return Adapters(module, names, settings.rank, seed=settings.seed).to(model.load_device)
 
 
-def _work(model, found: list[data.Example], settings: Settings) -> Path:
-    """The folder of this very run's state: same model, pictures, captions and settings."""
+def _signature(model, found: list[data.Example], settings: Settings) -> str:
+    """Of this very run: same model, pictures, captions and settings."""
     weights = {n: _bytes_of(model, n) for n in linears(model.model.diffusion_model)}
     patches = {str(key): [p[0] for p in value] for key, value in model.patches.items()}
     pictures = [[e.path.name, e.path.stat().st_size, e.path.stat().st_mtime_ns, e.caption] for e in found]
-    run = resume.signature(weights=resume.fingerprint(weights), pictures=pictures, patches=patches,
-                           settings=asdict(settings))  # fmt: skip
-    return Path(folder_paths.get_output_directory()) / "nibble-training" / run
+    return resume.signature(weights=resume.fingerprint(weights), pictures=pictures, patches=patches,
+                            settings=asdict(settings))  # fmt: skip
 
 
 def _bytes_of(model, name: str) -> torch.Tensor:

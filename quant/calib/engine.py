@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import naming, narrowed, require_finite, require_float
+from ..modules import without_values
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
@@ -54,7 +55,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Layer:
-    """One solved layer: its plan, what came out, tokens it saw, seconds it took."""
+    """One solved layer: its plan, what came out, tokens it saw, seconds it took. ``away``: what came out is in the
+    store, and here without values.
+    """
 
     name: str
     plan: LayerPlan
@@ -62,14 +65,25 @@ class Layer:
     solved: Solved
     tokens: int
     seconds: float
+    away: bool = False
 
 
 class Store(Protocol):
-    """Keeps solved layers of an unfinished run; see checkpoints.resume for one on disk."""
+    """Keeps solved layers of an unfinished run, what its observations saw (``run``: which of them), and the plans that
+    fit a budget; see checkpoints.resume for one on disk. ``put``: whether the layer is kept.
+    """
 
     def get(self, name: str) -> Layer | None: ...
 
-    def put(self, layer: Layer) -> None: ...
+    def put(self, layer: Layer) -> bool: ...
+
+    def recall(self, run: int, observer: Observer) -> bool: ...
+
+    def remember(self, run: int, observer: Observer) -> None: ...
+
+    def plans(self) -> dict[str, LayerPlan] | None: ...
+
+    def put_plans(self, plans: Mapping[str, LayerPlan]) -> None: ...
 
 
 @dataclass
@@ -84,8 +98,10 @@ class Watch:
 class Collection:
     """The input samples of a module's layers: collected on the first walk, kept for the next if one run held all."""
 
-    def __init__(self, module: nn.Module, job: Job, names: list[str], check: Callable[[], None]):
-        self.module, self.job, self.names = module, job, names
+    def __init__(
+        self, module: nn.Module, job: Job, names: list[str], check: Callable[[], None], store: Store | None = None
+    ):
+        self.module, self.job, self.names, self.store, self.run = module, job, names, store, 0
         self.homes: dict[str, list[str]] = {}
         for name in names if job.preset.needs_data else ():
             self.homes.setdefault(job.place(name), []).append(name)
@@ -111,17 +127,27 @@ class Collection:
         if not self.homes:
             return
         self.observer.forget()
-        for reservoirs in runs_needed(self.observer, self.job.run, self.module):
+        self.run = 0
+        for reservoirs in runs_needed(self.observer, self._run, self.module):
             if not self.observer.waiting and len(reservoirs) == len(set(self.observer.leader.values())):
                 self._kept = dict(reservoirs)
             yield reservoirs
 
+    def _run(self) -> None:
+        """The job's run; from the store where a run that was stopped got that far."""
+        if self.store is None or not self.store.recall(self.run, self.observer):
+            self.job.run()
+            if self.store is not None:
+                self.store.remember(self.run, self.observer)
+        self.run += 1
 
-def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[str, Layer]:
+
+def calibrate(module: nn.Module, job: Job, watch: Watch | None = None, hold: bool = True) -> dict[str, Layer]:
     """Solves every planned layer of ``module``; returns them by name in the order of the plan, with the plan they got.
 
     Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
-    Whether a layer's activations are unsigned is what its input says, where one was seen.
+    Whether a layer's activations are unsigned is what its input says, where one was seen. ``hold``: keep the weights
+    in memory, also those that the store has taken.
     """
     watch = watch or Watch()
     wanted = [n for n, p in job.plans.items() if p.scheme != KEEP]
@@ -129,33 +155,46 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None) -> dict[s
     for name in wanted if watch.store else ():
         kept = watch.store.get(name)
         if kept is not None:
-            done[name] = kept
+            done[name] = kept if hold else _away(kept)
     if len(done) == len(wanted):
         return {n: done[n] for n in wanted}
-    # All layers are watched again, so that those still to do share their inputs with the same ones as in a whole run.
-    collection = Collection(module, job, wanted, watch.check)
-    plans = job.plans if job.fit is None else _fitted(collection, job, watch.check)
+    # All layers are watched, also those that are done, so that the others share their inputs with the same ones.
+    collection = Collection(module, job, wanted, watch.check, watch.store)
+    plans = job.plans if job.fit is None else _fitted(collection, job, watch)
     for name, sample in collection.walk():
         watch.check()
         if name in done:
             continue
         layer = _solve(name, sample, plans[name], job)
+        if watch.store and watch.store.put(layer) and not hold:
+            layer = _away(layer)
         done[name] = layer
-        if watch.store:
-            watch.store.put(layer)
         watch.layer(layer, len(done), len(wanted))
     return {n: done[n] for n in wanted}
 
 
-def _fitted(collection: Collection, job: Job, check: Callable[[], None]) -> dict[str, LayerPlan]:
+def _away(layer: Layer) -> Layer:
+    bias = None if layer.solved.bias is None else layer.solved.bias.to("meta")
+    return replace(
+        layer, solved=replace(layer.solved, weight=without_values(layer.solved.weight), bias=bias), away=True
+    )
+
+
+def _fitted(collection: Collection, job: Job, watch: Watch) -> dict[str, LayerPlan]:
     """Plans within ``job.fit`` bytes, by each layer's quickly measured error."""
+    kept = watch.store.plans() if watch.store else None
+    if kept is not None:
+        return kept
     options: dict[str, list[allocate.Option]] = {}
     for name, sample in collection.walk():
-        check()
+        watch.check()
         weight, _ = _float_weight(name, job)
         with naming(name):
             options[name] = allocate.measure(weight, sample, job.plans[name], job.preset, job.seed)
-    return allocate.fit(options, job.fit)
+    plans = allocate.fit(options, job.fit)
+    if watch.store:
+        watch.store.put_plans(plans)
+    return plans
 
 
 def _float_weight(name: str, job: Job) -> tuple[Tensor, Tensor | None]:
@@ -192,8 +231,13 @@ def peak_bytes(shapes: Mapping[str, tuple[int, int]], job: Job) -> int:
     """
     widest = max(k for _, k in shapes.values())
     reservoirs = max(job.budget, 2 * widest * limit_for(widest, job.preset.tokens)) if job.preset.needs_data else 0
-    solved = sum(allocate.stored_bytes(job.plans[n], shape) + 4 * shape[0] for n, shape in shapes.items())
-    return reservoirs + max(working_bytes(*shape, job.preset) for shape in shapes.values()) + solved
+    working = max(working_bytes(*shape, job.preset) for shape in shapes.values())
+    return reservoirs + working + solved_bytes(shapes, {n: job.plans[n] for n in shapes})
+
+
+def solved_bytes(shapes: Mapping[str, tuple[int, int]], plans: Mapping[str, LayerPlan]) -> int:
+    """Bytes of all planned layers once they are solved."""
+    return sum(allocate.stored_bytes(plan, shapes[n]) + 4 * shapes[n][0] for n, plan in plans.items())
 
 
 def working_bytes(n: int, k: int, preset: Preset) -> int:

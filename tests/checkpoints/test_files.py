@@ -1,6 +1,8 @@
 """Writing and reading 4-bit files: nothing lost, everything recorded, every bad file one sentence."""
 
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -106,11 +108,11 @@ class TestSave:
 
     def test_a_failed_write_leaves_nothing(self, tmp_path, monkeypatch):
         def fail(*_args):
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "No space left on device", "/home/someone/x.safetensors")
 
-        monkeypatch.setattr(save, "save_file", fail)
-        with pytest.raises(OSError, match="disk full"):
-            save.save(tmp_path / "x.safetensors", {}, {})
+        monkeypatch.setattr(os, "fsync", fail)
+        with pytest.raises(ValueError, match=r"^x.safetensors: it cannot be written \(the disk is full\). Free some"):
+            save.save(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
         assert list(tmp_path.iterdir()) == []
 
 

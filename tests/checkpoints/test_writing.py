@@ -17,6 +17,7 @@ from comfyui_nibble.checkpoints.repack import repack
 from comfyui_nibble.checkpoints.source import Source, open_source
 from comfyui_nibble.headless import calibrate, pipeline
 from comfyui_nibble.headless.cli import main
+from comfyui_nibble.writing import whole
 from safetensors.torch import load_file, save_file
 
 from .conftest import flux_tensors
@@ -207,8 +208,8 @@ class TestAnExistingOutput:
 
     def test_one_that_appears_meanwhile_is_not_overwritten(self, tmp_path, monkeypatch):
         path = tmp_path / "x.safetensors"
-        monkeypatch.setattr(save, "_sort_metadata", lambda _: path.write_text("another's"))
-        with pytest.raises(CheckpointError, match="of this name already"):
+        monkeypatch.setattr(whole, "_give_to_disk", lambda _: path.write_text("another's"))
+        with pytest.raises(whole.WriteError, match="of this name already"):
             save.save(path, {"a": torch.ones(2)}, {})
         assert path.read_text() == "another's" and list(tmp_path.iterdir()) == [path]
 

@@ -51,6 +51,9 @@ def test_stopped_and_gone_on_with(inside, pictures, tmp_path):
     print(json.dumps(r))
     assert r["stopped"] and not r["file while stopped"] and r["left"] == [".safetensors"]
     assert r["first told"].startswith("step 4 of 6") and r["same file"] and r["nothing left"]
+    left = "What was trained is kept, and the same run only writes it. Free some space, or choose another folder"
+    assert r["no room anywhere"] == f"full.safetensors: it cannot be written (the disk is full). {left}"
+    assert r["only written"] and r["no steps then"]
     assert r["codes"] and r["forwards left"] == 0 and r["keys"] == [["diffusion_model"], 3 * 70]
     assert "3 trained on, 1 held out" in r["report"] and r["chart"] == [640, 360]
     assert r["preview"] == [640, 360] and r["previewed"] > 40  # a picture stands in the chart's corner

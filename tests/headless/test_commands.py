@@ -32,20 +32,21 @@ def test_generate_from_a_quantized_file(quantized, tmp_path, capsys):
     assert np.asarray(Image.open(path)).shape == (128, 128, 3)
 
 
-@pytest.mark.parametrize("extra, cfg", [([], 3.0), (["--lcm"], 1.0), (["--cfg", "2.5"], 2.5), (["--lcm", "--cfg", "2"],
-                         2.0), (["--cfg", "0"], 0.0)])  # fmt: skip
-def test_generate_draws_at_its_guidance(extra, cfg, tmp_path, monkeypatch):
+@pytest.mark.parametrize("extra, steps, cfg", [
+    ([], 25, 3.0), (["--lcm"], 4, 1.0), (["--cfg", "2.5"], 25, 2.5), (["--lcm", "--cfg", "2"], 4, 2.0),
+    (["--cfg", "1"], 25, 1.0)])  # fmt: skip
+def test_generate_draws_at_its_guidance(extra, steps, cfg, tmp_path, monkeypatch):
     """3 unless a person says otherwise, 1 for few steps: what the sampler is really handed."""
     seen = []
 
-    def sample(pipe, prompts, steps, scale, seed, **_):
+    def sample(pipe, prompts, steps, scale, *_):
         seen.append((steps, scale, pipe.unet is not None))
         return [np.zeros((8, 8, 3), np.float32) for _ in prompts]
 
     monkeypatch.setattr(pipeline, "sample", sample)
     args = ["generate", "fox face", "--precision", "16-bit", "--out", str(tmp_path), *extra]
     assert main(args) == 0
-    assert seen == [(8 if "--lcm" in extra else 25, cfg, True)]
+    assert seen == [(steps, cfg, True)]
 
 
 @pytest.mark.parametrize("command", ["quantize x --out y", "distill --out y", "refine --out y", "profile"])

@@ -339,7 +339,7 @@ WRONG = [
     (["x", "--domain", "cars"], "unknown domain 'cars'"),
     (["x", "--model", "{folder}"], "not a diffusers pipeline folder"),
     (["x", "--model", "gone"], "--model gone: there is no such folder"),
-    (["x", "--out", "{text}"], "bad.png: "),
+    (["x", "--out", "{text}"], "nibble.png: it cannot be written (there is a file where its folder should be)"),
 ]
 
 

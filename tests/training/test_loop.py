@@ -1,5 +1,6 @@
 """The loop: exact arithmetic, the same weights however often it was stopped, and one sentence for what is wrong."""
 
+import errno
 import json
 import math
 import os
@@ -7,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 
 import pytest
 import torch
-from comfyui_nibble.training.loop import Plan, Watch, learning_rate, train
+from comfyui_nibble.training.loop import SAVE_SECONDS, Plan, Saver, Watch, learning_rate, train
+from comfyui_nibble.writing import kept
 from safetensors.torch import save_file
 
 TARGET = torch.linspace(-1, 1, 12).view(3, 4)
@@ -121,6 +122,74 @@ def test_killed_and_resumed_equals_one_run(tmp_path):
     assert torch.equal(again, run(plan)[0])
 
 
+@pytest.mark.parametrize("content", [b"", b"cut", None])
+def test_a_damaged_state_is_set_aside_and_named(tmp_path, content):
+    """It was a raw SafetensorError, again and again until somebody deleted the file."""
+    plan = Plan("toy", 12, 8, 0.05, ema=0.9)
+    whole, _ = run(plan)
+    with pytest.raises(Stopped):
+        run(plan, work=tmp_path, watch=Watch(stop_after(5)))
+    path = tmp_path / "toy.state.safetensors"
+    written = bytearray(path.read_bytes())
+    written[-20] ^= 1  # one bit of a value
+    path.write_bytes(bytes(written) if content is None else written[: len(written) // 2] if content else b"")
+    again, result = run(plan, work=tmp_path)
+    assert torch.equal(again, whole) and len(result.losses) == 12
+    assert result.notes == ("What was kept of this run was damaged and is now toy.state.safetensors.damaged: it began "
+                            "anew",)  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == [path.name, f"{path.name}.damaged"]
+
+
+@pytest.mark.parametrize("number, why", [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "the disk is read-only")])
+def test_a_state_that_cannot_be_written_does_not_stop_the_run(tmp_path, monkeypatch, number, why):
+    plan = Plan("toy", 12, 8, 0.05)
+    whole, _ = run(plan)
+
+    def refuse(*_args):
+        raise OSError(number, os.strerror(number), "/home/someone/x")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    got, result = run(plan, work=tmp_path, save_every=0)
+    assert torch.equal(got, whole) and list(tmp_path.iterdir()) == []
+    (note,) = result.notes  # once, not for each update
+    assert note.startswith("What the run had reached could not be kept: toy.state") and why in note
+    with pytest.raises(Stopped):  # and hides nothing that is raised
+        run(plan, work=tmp_path, watch=Watch(stop_after(3)))
+
+
+def test_states_come_by_share_and_by_time_and_cost_little():
+    """A clock that is told how long an update and a save take: (steps, seconds of an update, of a save) -> saves."""
+
+    def after(steps: int, update: float, save: float) -> tuple[list[int], float]:
+        now = 0.0
+        saver, saved, spent = Saver(steps, 0, SAVE_SECONDS, save, lambda: now), [], 0.0
+        for done in range(1, steps + 1):
+            now += update
+            if saver.due(done):
+                now += save
+                saver.saved(done)
+                saved.append(done)
+                spent += save
+        return saved, spent / now
+
+    saved, share = after(100, 1.0, 0.01)
+    assert saved == list(range(5, 101, 5)) and share < 0.02  # every 5 %
+    saved, share = after(1000, 10.0, 0.1)
+    assert saved[:3] == [6, 13, 19] and share < 0.02  # every minute, where 5 % are longer
+    saved, share = after(100, 0.01, 0.05)  # a second in all: saving each 5 % would double it
+    assert saved == [100]
+    saved, share = after(20_000, 1.0, 30.0)  # a huge state
+    assert saved[:2] == [1500, 2970] and share < 0.022  # and the end
+
+
+def stop_after(count: int):
+    def stop(done: int, _total: int, _loss: float) -> None:
+        if done == count:
+            raise Stopped
+
+    return stop
+
+
 def test_what_is_refused(tmp_path):
     run(Plan("toy", 2, 8, 0.05), work=tmp_path)
     with pytest.raises(ValueError, match=r"toy.state.safetensors is the state of another run. Delete it"):
@@ -133,18 +202,34 @@ def test_what_is_refused(tmp_path):
             Plan(**{**dict(name="x", steps=1, batch=1, lr=0.1), **bad})
 
 
-@pytest.mark.parametrize("harm", [
-    lambda p: p.write_bytes(b""), lambda p: p.write_bytes(p.read_bytes()[:200]), lambda p: p.write_bytes(b"x" * 500),
-    lambda p: save_file({"0.value": torch.zeros(3, 4)}, p), lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {
-        "state": "no json"}),
-    lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {"state": "[]"}),
-    lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {"state": json.dumps({"plan": asdict(PLAN)})}),
-], ids=["empty", "cut", "nonsense", "no metadata", "no json", "a list", "tensors missing"])  # fmt: skip
-def test_a_state_that_is_none_is_said_in_a_sentence(harm, tmp_path):
-    """Hours of training are in it: whether to start anew is not for the run to decide."""
+HARMS = {
+    "nonsense": lambda p: p.write_bytes(b"x" * 500),
+    "no metadata": lambda p: save_file({"0.value": torch.zeros(3, 4)}, p),
+    "as 0.1.0 wrote it": lambda p: save_file({"0.value": torch.zeros(3, 4)}, p, {"state": json.dumps({"plan": 1})}),
+    "a list": lambda p: kept.save(p, {"0.value": torch.zeros(3, 4)}, []),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_state_that_is_none_is_set_aside(harm, tmp_path):
+    whole, _ = run(PLAN)
+    (tmp_path / "x").mkdir()
+    path = tmp_path / "x" / "toy.state.safetensors"
+    HARMS[harm](path)
+    again, result = run(PLAN, work=path.parent)
+    assert torch.equal(again, whole) and len(result.notes) == 1 and path.with_name(f"{path.name}.damaged").exists()
+
+
+@pytest.mark.parametrize("lost", ["losses", "0.value", "seconds"])
+def test_a_whole_state_that_lacks_something_is_another_runs(lost, tmp_path):
+    """Hours of training may be in it: whether to start anew is not for the run to decide."""
     run(PLAN, work=tmp_path)
-    harm(tmp_path / "toy.state.safetensors")
-    with pytest.raises(ValueError, match=r"^toy.state.safetensors is not a whole state of a run. Delete it to start"):
+    path = tmp_path / "toy.state.safetensors"
+    tensors, values = kept.load(path)
+    for entries in (tensors, values):
+        entries.pop(lost, None)
+    kept.save(path, tensors, values)
+    with pytest.raises(ValueError, match=r"^toy.state.safetensors is the state of another run. Delete it to start"):
         run(PLAN, work=tmp_path)
 
 

@@ -1,6 +1,7 @@
 """ARGS: folder of pictures, a folder to write into. The node's work with the demo model, stopped and gone on with."""
 
 import json
+import os
 from pathlib import Path
 
 from lora_common import args, codes_hash, comfy, mm, ours, torch  # first: it puts ComfyUI on the path
@@ -46,15 +47,32 @@ try:
 except mm.InterruptProcessingException:
     result["stopped"] = True
 bridge.tell = lambda _node, text: told.append(text)
-result["left"] = sorted(p.suffix for p in out.rglob("*.safetensors") if "nibble-training" in str(p))
+result["left"] = sorted(p.suffix for p in out.rglob("*.safetensors") if "nibble_unfinished" in str(p))
 result["file while stopped"] = (out / "stopped.safetensors").exists()
 del told[:]
 train("resumed")
 result["first told"] = next(t for t in told if t.startswith("step"))
 one, two = (load_file(out / f"{n}.safetensors") for n in ("whole", "resumed"))
 result["same file"] = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-result["nothing left"] = list((out / "nibble-training").iterdir()) == []
+result["nothing left"] = not (out / "nibble_unfinished").exists()
 result["keys"] = sorted({k.split(".", 1)[0] for k in one}), len(one)
+
+
+def refuse(part, path) -> None:
+    if "unfinished" not in str(path):
+        raise OSError(28, "No space left on device", str(path))
+    replace(part, path)
+
+
+replace, os.replace = os.replace, refuse
+try:
+    train("full")
+except ValueError as e:
+    result["no room anywhere"] = str(e)
+os.replace = replace
+del told[:]
+result["only written"] = "6 of 6 updates were done already" in train("full")[1]
+result["no steps then"] = not [t for t in told if t.startswith("step")]
 unet = parts[0].model.diffusion_model
 result["forwards left"] = sum("forward" in m.__dict__ for m in unet.modules())
 print(json.dumps(result))

@@ -179,7 +179,7 @@ class TestResume:
 
             return layer
 
-        module, store = block(), resume.Folder(tmp_path / "solved", "s")
+        module, store = block(), resume.Folder(tmp_path)
         with pytest.raises(Stop):
             engine.calibrate(module, job(module), engine.Watch(layer=stop_at(2), store=store))
         seen = []
@@ -191,17 +191,7 @@ class TestResume:
             for field in ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up"):
                 assert torch.equal(getattr(one, field), getattr(other, field)), n
             assert torch.equal(again[n].solved.bias, whole[n].solved.bias)
-        store.clear()
-        assert not list(tmp_path.iterdir())
-
-    def test_another_signature_and_a_broken_file_are_not_read(self, tmp_path):
-        module, store = block(), resume.Folder(tmp_path, "s")
-        layers = engine.calibrate(module, job(module, ("q",)), engine.Watch(store=store))
-        assert store.get("q").solved.error == layers["q"].solved.error
-        assert resume.Folder(tmp_path, "other").get("q") is None
-        (file,) = (tmp_path / "s").iterdir()
-        file.write_bytes(file.read_bytes()[:100])
-        assert store.get("q") is None
+        assert store.found == 2 and store.recalled == 1
 
     def test_a_fingerprint_sees_one_changed_value(self):
         a = torch.randn(64, 64)

@@ -1,7 +1,6 @@
 """Unsigned activations are a fact of the data: where it was seen it decides; without it only a known GELU counts."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from comfyui_nibble.quant.calib.solve import Sample, candidates, output_error, s
 from comfyui_nibble.quant.modules import quantize_weight
 from comfyui_nibble.quant.policy import LayerPlan, Rule, plan
 from comfyui_nibble.quant.svdquant import SHIFT
+from comfyui_nibble.writing import kept
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import gelu, silu
@@ -302,16 +302,13 @@ class TestResuming:
         lambda v: v.pop("plan"), lambda v: v.update(plan=[1]), lambda v: v.update(solved=None)])  # fmt: skip
     def test_a_record_of_other_fields_is_taken_for_absent(self, change, tmp_path):
         x = torch.randn(1200, D, generator=torch.Generator().manual_seed(2))
-        store, layer = resume.Folder(tmp_path, "s"), run("gelu", True, x)
+        store, layer = resume.Folder(tmp_path), run("gelu", True, x)
         store.put(layer)
         assert store.get("img_mlp.2").plan == layer.plan
-        (file,) = (tmp_path / "s").iterdir()
-        from safetensors import safe_open
-
-        with safe_open(file, "pt") as f:
-            tensors, values = {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()[resume.RECORD])  # noqa: SIM118
+        (file,) = tmp_path.iterdir()
+        tensors, values = kept.load(file)
         change(values)
-        save_file(tensors, file, {resume.RECORD: json.dumps(values)})
+        kept.save(file, tensors, values)
         assert store.get("img_mlp.2") is None
 
 
