@@ -11,7 +11,6 @@ the file system knows no locks, nobody may have touched the file for an hour bes
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
@@ -28,7 +27,6 @@ if os.name != "nt":
 log = logging.getLogger(__name__)
 PART = re.compile(r"\..+\.(\d{1,10})(?:-\d+)?\.part", re.DOTALL)
 LONGEST, LONG_AGO = 255, 3600.0  # bytes of a name, seconds
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EINVAL, getattr(errno, "ENOTSUP", -1), getattr(errno, "EOPNOTSUPP", -1))
 _number = itertools.count()
 _mine: set[Path] = set()  # what this process writes
 
@@ -68,8 +66,10 @@ def _lock(file) -> bool | None:
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as e:
-        return None if e.errno in NO_LOCKS else False
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
     return True
 
 

@@ -29,6 +29,7 @@ if os.name != "nt":
 
 FOLDER = "nibble_unfinished"
 MOST_RUNS, MOST_BYTES = 8, 2**34
+IDLE = 86400.0  # seconds
 RECORD, LOCK = "run.json", "lock"
 ENDED = "What was trained is kept, and the same run only writes it."
 
@@ -62,7 +63,9 @@ class Kept:
         try:
             yield
         except WriteError as e:
-            raise e.saying(ENDED) if ended else e from e
+            if not ended:
+                raise
+            raise e.saying(ENDED) from e
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -104,16 +107,23 @@ def _begin(kept: Kept, root: Path, what: str, need: int) -> None:
 
 
 def _locked(path: Path, shared: bool):
-    """An open file with a lock, which processes at work on one run share; None where another's lock is in the way."""
+    """An open file with a lock, which processes at work on one run share; None where another's lock is in the way, or
+    where there are no locks and the run may be worked on.
+    """
     file = path.open("ab")
     if os.name != "nt":
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError as e:
-            if e.errno not in orphans.NO_LOCKS:
+            if isinstance(e, BlockingIOError) or not (shared or _idle(path.parent)):
                 file.close()
                 return None
     return file
+
+
+def _idle(folder: Path) -> bool:
+    """Whether nothing in ``folder`` was written lately."""
+    return time.time() - max(p.stat().st_mtime for p in folder.rglob("*")) > IDLE
 
 
 @dataclass(frozen=True)

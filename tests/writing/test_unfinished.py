@@ -95,6 +95,21 @@ def test_a_run_that_is_worked_on_stays(tmp_path, monkeypatch, worker):
     assert names(tmp_path) == {"newer"}
 
 
+def test_where_there_are_no_locks_only_old_ones_go(tmp_path, monkeypatch):
+    def none(*_args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(unfinished.fcntl, "flock", none)
+    monkeypatch.setattr(unfinished, "MOST_RUNS", 1)
+    stopped(tmp_path, "one")
+    stopped(tmp_path, "two")
+    assert names(tmp_path) == {"one", "two"}
+    for path in (tmp_path / "one").iterdir():
+        os.utime(path, (0, 0))
+    stopped(tmp_path, "three")
+    assert names(tmp_path) == {"two", "three"}
+
+
 @pytest.mark.parametrize("number, why", [(errno.EROFS, "the disk is read-only"), (errno.ENOSPC, "the disk is full"),
                                          (errno.EACCES, "there is no permission to write there")])  # fmt: skip
 def test_where_nothing_can_be_kept_the_run_goes_on(tmp_path, monkeypatch, number, why):
