@@ -15,7 +15,7 @@ from torch import Tensor
 from ..quant import core_formats
 from ..quant.calib.engine import Layer
 from ..quant.checks import require_float
-from ..quant.modules import blank, quantize_weight, without_values
+from ..quant.modules import blank, moved, quantize_weight
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan, retarget
 from ..quant.schemes import KEEP, SVDQUANT
@@ -181,7 +181,7 @@ def _blank_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: torch
     full = source.prefix + layer
     ready = options.solved.get(layer)
     if ready is not None:
-        weight, bias = without_values(ready.solved.weight), ready.solved.bias
+        weight, bias = moved(ready.solved.weight, "meta"), ready.solved.bias
     else:
         name, bias = f"{full}.bias", None
         if name in source.shapes:

@@ -61,16 +61,19 @@ def blank(shape: tuple[int, int], bias: Tensor | None, plan: LayerPlan, dtype: t
     return weight, bias
 
 
-def without_values(weight):
-    """A solved weight of any kind (ours, a QuantizedTensor, a dense tensor) on torch's meta device."""
+def moved(weight, device: torch.device | str):
+    """A solved weight of any kind (ours, a QuantizedTensor, a dense tensor) on ``device``; on "meta", without values.
+
+    Kitchen's own `QuantizedTensor.to` does not know "meta".
+    """
     if isinstance(weight, QuantizedTensor):
         params = weight._params
         sides = {n: getattr(params, n) for n in params._tensor_fields()}
-        params = replace(params, **{n: t.to("meta") for n, t in sides.items() if t is not None})
-        return QuantizedTensor(weight._qdata.to("meta"), weight._layout_cls, params)
+        params = replace(params, **{n: t.to(device) for n, t in sides.items() if t is not None})
+        return QuantizedTensor(weight._qdata.to(device), weight._layout_cls, params)
     if isinstance(weight, Tensor):
-        return weight.to("meta")
-    return replace(weight, **{n: t.to("meta") for n, t in vars(weight).items() if isinstance(t, Tensor)})
+        return weight.to(device)
+    return replace(weight, **{n: t.to(device) for n, t in vars(weight).items() if isinstance(t, Tensor)})
 
 
 def _as(new: Tensor | None, old: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -13,7 +13,7 @@ awq_w4a16 has no branch of its own: R = 0.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from ..quant import awq, datafree, scales
 from ..quant.calib.low_rank import balanced
 from ..quant.checks import require_finite, require_range
+from ..quant.modules import moved
 from ..quant.packing import pack
 from ..quant.policy import LayerPlan
 from ..quant.schemes import AWQ, SVDQUANT
@@ -49,6 +50,11 @@ class Initialised:
     def error(self) -> float:
         return self.errors[-1]
 
+    def to(self, device: torch.device | str) -> Initialised:
+        """All of it on ``device``."""
+        weight, down, up = moved(self.weight, device), self.down.to(device), self.up.to(device)
+        return replace(self, weight=weight, down=down, up=up)
+
 
 @dataclass(frozen=True)
 class _Codes:
@@ -74,8 +80,16 @@ def best(weight: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return up.to(dtype).float(), down.to(dtype).float()
 
 
-def solve(weight: Tensor, plan: LayerPlan, rank: int, dtype: torch.dtype, iterations: int = ITERATIONS) -> Initialised:
+def solve(
+    weight: Tensor,
+    plan: LayerPlan,
+    rank: int,
+    dtype: torch.dtype,
+    iterations: int = ITERATIONS,
+    check: Callable[[], None] = lambda: None,
+) -> Initialised:
     """LoftQ of one (N, K) ``weight`` in ``plan``'s scheme, with a LoRA of ``rank``; scales and factors in ``dtype``.
+    ``check`` is called in each round and may raise to stop it.
 
     Raises ValueError for weights that are not finite or leave the range of ``dtype``, no round or no rank, and for a
     scheme that is not this pack's.
@@ -97,6 +111,7 @@ def solve(weight: Tensor, plan: LayerPlan, rank: int, dtype: torch.dtype, iterat
     errors: list[float] = []
     kept = None
     for i in range(iterations):
+        check()
         codes = codes if i == 0 else quantize(w - up @ down.t(), dtype, codes)
         up, down = best(w - codes.dense, own + rank, dtype)
         error = float((w - codes.dense - up @ down.t()).norm() / norm)
@@ -105,6 +120,15 @@ def solve(weight: Tensor, plan: LayerPlan, rank: int, dtype: torch.dtype, iterat
         errors.append(error)
         kept = codes, up, down
     return _split(kept, own, plan, dtype, (tuple(errors), *plain))
+
+
+def working_bytes(n: int, k: int) -> int:
+    """An upper bound of what `solve` takes for one (N, K) weight on its device, in bytes.
+
+    Float32: the weight and nine more of its size (target, codes of two rounds, products, what is missed), and six Gram
+    matrices for the eigenvectors.
+    """
+    return 4 * (10 * n * k + 6 * min(n, k) ** 2)
 
 
 def _split(kept: tuple[_Codes, Tensor, Tensor], own: int, plan: LayerPlan, dtype: torch.dtype, errors: tuple):

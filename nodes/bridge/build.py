@@ -47,6 +47,12 @@ def weight_of(model, name: str) -> torch.Tensor | None:
     return comfy.lora.calculate_weight(model.patches[key], merged, key)
 
 
+def make_room(need: int, device: torch.device) -> None:
+    """Has ComfyUI move models off ``device`` until ``need`` bytes are free on it. On a CPU that would free nothing."""
+    if device.type != "cpu":
+        comfy.model_management.free_memory(need + comfy.model_management.extra_reserved_memory(), device)
+
+
 def attribute(model, key: str):
     try:
         return comfy.utils.get_attr(model, key)
@@ -162,6 +168,9 @@ def made(kind: Kind, state: dict[str, torch.Tensor], disable_dynamic: bool = Fal
     config.custom_operations = operations(compute)
     config.quant_config = {"mixed_ops": True}
     config.set_inference_dtype(kind.config.unet_config["dtype"], compute, device=load_device)
+    state = {
+        name: value.to(offload_device) if isinstance(value, torch.Tensor) else value for name, value in state.items()
+    }
     base = config.get_model(state, "")
     class_ = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
     patcher = class_(base, load_device=load_device, offload_device=offload_device)

@@ -26,7 +26,7 @@ from ...quant.schemes import KEEP
 from ...reading.names import encodable
 from ...writing import unfinished
 from . import outputs, selfcheck, train_model
-from .build import weight_of, with_layers
+from .build import make_room, weight_of, with_layers
 
 FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
 
@@ -77,19 +77,25 @@ def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: 
     row = preset_row(settings.preset)
     if row.needs_data and not inputs.pairs:
         raise ValueError(f"Preset {row.id} needs prompts to sample: connect CLIP and write some, or connect positive")
+    shapes, device = _shapes(module), comfy.model_management.get_torch_device()
+
+    def weight(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        make_room(engine.working_bytes(*shapes[name], row), device)
+        return weight_of(model, f"{name}.weight"), weight_of(model, f"{name}.bias")
+
     job = Job(
         plans={n: p for n, p in plans.items() if p.scheme != KEEP},
         preset=row,
         dtype=dtype,
         run=lambda: _sample(model, inputs, settings, node_id),
-        weight=lambda name: (weight_of(model, f"{name}.weight"), weight_of(model, f"{name}.bias")),
-        device=str(comfy.model_management.get_torch_device()),
+        weight=weight,
+        device=str(device),
         seed=settings.seed,
         fit=settings.budget - _other_bytes(model, plans) if settings.budget else None,
     )
     progress = Progress(node_id, len(job.plans))
     signature, what = _signature(model, inputs, settings, plans), f"Calibrate to 4-bit, {family}"
-    with unfinished.run(folder, signature, what, engine.solved_bytes(_shapes(module), job.plans)) as kept:
+    with unfinished.run(folder, signature, what, engine.solved_bytes(shapes, job.plans)) as kept:
         store = None if kept.folder is None else resume.Folder(kept.folder)
         watch = Watch(progress.layer, comfy.model_management.throw_exception_if_processing_interrupted, store)
         layers = engine.calibrate(module, job, watch)

@@ -143,7 +143,7 @@ class _Shared:
             small = torch.nn.functional.interpolate(frames, size=grid, mode="area")
             self._masks[grid] = self.weight * small.flatten(1).unsqueeze(-1)
         frames = self._masks[grid].to(like)
-        return frames[[row % each % len(frames) for row in range(len(like))]]
+        return _rows(frames, [row % each % len(frames) for row in range(len(like))])
 
 
 class _Added:
@@ -178,7 +178,7 @@ class _Added:
             k = k + self.attn.to_k(tokens)
         if self.layer.to_v_ip.adds_to_base:
             v = v + self.attn.to_v(tokens)
-        return k[rows], v[rows]
+        return _rows(k, rows), _rows(v, rows)
 
     def _query(self, q: torch.Tensor, extra: dict) -> torch.Tensor:
         return q if self.layer.to_q_ip is None else q + self._low_rank(self.layer.to_q_ip, extra[X])
@@ -190,6 +190,11 @@ class _Added:
             self._here[key] = tuple(part.weight.to(x) for part in (module.down, module.up))
         down, up = self._here[key]
         return x @ down.T @ up.T
+
+
+def _rows(tensor: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """``tensor[rows]`` without an index tensor, which would be sent to the GPU, and waited for, in every layer."""
+    return torch.cat([tensor[i : i + 1] for i in rows])
 
 
 def _attend(q, k, v, extra: dict) -> torch.Tensor:

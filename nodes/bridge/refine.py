@@ -25,7 +25,7 @@ from ...training.loop import Plan, Watch, train
 from ...training.tuned import Tuner
 from ...writing.room import check_room
 from . import calibrate, outputs, selfcheck, train_model
-from .build import assemble, dense_state, weight_of
+from .build import assemble, dense_state, make_room, weight_of
 from .calibrate import tell
 from .distill import Inputs, conditions, latents
 from .load import wrapped
@@ -68,12 +68,15 @@ def loftq(model, settings: Start, out: Path, node_id: str | None = None):
     dtype, device = side_dtype(model), mm.get_torch_device()
     layers = {n: m for n, m in model.model.diffusion_model.named_modules() if n in plans}
     check_room(out, sum(settings.rank * sum(m.weight.shape) * dtype.itemsize for m in layers.values()))
+    most = max(initial.working_bytes(*m.weight.shape) for m in layers.values())
     bar, done, biases = comfy.utils.ProgressBar(len(plans), node_id=node_id), {}, {}
     for name, plan in plans.items():
-        mm.throw_exception_if_processing_interrupted()
+        stop = mm.throw_exception_if_processing_interrupted
+        stop()
+        make_room(most, device)
         weight = weight_of(model, f"{name}.weight").to(device)
         with naming(name):
-            done[name] = initial.solve(weight, plan, settings.rank, dtype, settings.rounds)
+            done[name] = initial.solve(weight, plan, settings.rank, dtype, settings.rounds, stop).to("cpu")
         biases[name] = _bias(model, name, done[name].weight)
         tell(node_id, f"{len(done)} of {len(plans)}: {name}, error {done[name].error:.4f}")
         bar.update_absolute(len(done), len(plans))

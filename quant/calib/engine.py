@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import naming, narrowed, require_finite, require_float
-from ..modules import without_values
+from ..modules import moved
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
@@ -146,7 +146,8 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None, hold: boo
     """Solves every planned layer of ``module``; returns them by name in the order of the plan, with the plan they got.
 
     Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
-    Whether a layer's activations are unsigned is what its input says, where one was seen. ``hold``: keep the weights
+    Whether a layer's activations are unsigned is what its input says, where one was seen. They are solved on the job's
+    device, and kept on the CPU. ``hold``: keep the weights
     in memory, also those that the store has taken.
     """
     watch = watch or Watch()
@@ -174,10 +175,12 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None, hold: boo
 
 
 def _away(layer: Layer) -> Layer:
-    bias = None if layer.solved.bias is None else layer.solved.bias.to("meta")
-    return replace(
-        layer, solved=replace(layer.solved, weight=without_values(layer.solved.weight), bias=bias), away=True
-    )
+    return replace(layer, solved=_solved_on(layer.solved, "meta"), away=True)
+
+
+def _solved_on(solved: Solved, device: str) -> Solved:
+    bias = None if solved.bias is None else solved.bias.to(device)
+    return replace(solved, weight=moved(solved.weight, device), bias=bias)
 
 
 def _fitted(collection: Collection, job: Job, watch: Watch) -> dict[str, LayerPlan]:
@@ -222,6 +225,7 @@ def _solve(name: str, sample: Sample | None, plan: LayerPlan, job: Job) -> Layer
         if sample is not None and job.promote is not None:
             plan, solved = allocate.promoted(weight, bias, sample, plan, solved, job.promote, job.dtype)
     tokens = 0 if sample is None else len(sample.tokens)
+    solved = _solved_on(solved, "cpu")  # the device has room for one layer's work, not for a model
     return Layer(name, plan, tuple(weight.shape), solved, tokens, time.perf_counter() - start)
 
 

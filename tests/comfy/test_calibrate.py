@@ -85,6 +85,13 @@ def test_what_it_keeps_and_what_it_sees(inside):
     assert found["seen"]["plainly"] != found["layers"] and found["left"] is False
 
 
+def test_solved_layers_leave_the_gpu(inside):
+    """They stayed on it for life, and ComfyUI could not unload them."""
+    found = inside("calibrate_on_gpu")
+    assert found.keys() == {"calibrate", "without data", "loftq", "refine"}
+    assert all(x == {"where": ["cpu"], "room": True, "mixes": []} for x in found.values()), found
+
+
 def errors(table: str) -> list[tuple[float, float]]:
     """(error, data-free error) of every measured layer in a report, on tokens that its calibration did not see. (A
     modulation of FLUX.1 sees too few to keep some back.)

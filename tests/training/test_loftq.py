@@ -7,6 +7,7 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.convert import plan_source
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.profiling.work import LiveBytes
 from comfyui_nibble.quant import awq, parts
 from comfyui_nibble.quant.packing import unpack_signed
 from comfyui_nibble.quant.policy import LayerPlan
@@ -86,3 +87,23 @@ def test_refuses(change, rank, words):
     w = weight() if change is not None else weight() * torch.nan
     with pytest.raises(ValueError, match=words):
         loftq.solve(w, replace(PLANS[0], **(change or {})), rank, torch.float16)
+
+
+@pytest.mark.parametrize("plan", PLANS[1:], ids=lambda p: p.scheme)
+@pytest.mark.parametrize(("n", "k"), [(512, 512), (1024, 256), (192, 1024)])
+def test_peak_memory_stays_under_the_stated_bound(n, k, plan):
+    with LiveBytes() as count:
+        loftq.solve(weight(n, k), plan, 16, torch.bfloat16, 3)
+    assert 8 * n * k < count.peak <= loftq.working_bytes(n, k)
+
+
+def test_a_stop_is_heard_in_every_round():
+    asked = []
+    x = loftq.solve(weight(), PLANS[1], 8, torch.float16, 4, lambda: asked.append(1))
+    assert len(asked) >= len(x.errors) > 1
+    with pytest.raises(KeyboardInterrupt):
+        loftq.solve(weight(), PLANS[1], 8, torch.float16, 4, _stop)
+
+
+def _stop():
+    raise KeyboardInterrupt

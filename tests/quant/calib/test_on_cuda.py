@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.calib import engine, presets
-from comfyui_nibble.quant.modules import install, quantize_module
+from comfyui_nibble.quant.modules import install, moved, quantize_module
 from comfyui_nibble.quant.policy import LayerPlan
 from torch import nn
 
@@ -59,7 +59,9 @@ def test_calibration(preset, dtype):
         module = model().to("cuda")
         found = calibrated(module, preset, dtype, "cuda")
         for name, layer in found.items():
-            install(module.get_submodule(name), layer.solved.weight, layer.solved.bias, dtype)
+            assert not any(isinstance(t, pretended_gpu.OnGPU) for t in tensors(layer.solved.weight))
+            weight, bias = moved(layer.solved.weight, "cuda"), layer.solved.bias.to("cuda")
+            install(module.get_submodule(name), weight, bias, dtype)
         module(torch.randn(2, 64, dtype=dtype, device="cuda"))
         assert log.mixes == []
     for name in PLANS:
