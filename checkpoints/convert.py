@@ -138,8 +138,8 @@ def quantize(
                 file.write(name, _passed(source.get(name), kind))
             elif end == "weight":  # its bias goes with it
                 stored, row = _quantize_layer(source, layer, plans[layer], kind[0], options)
-                for part, tensor in stored.items():
-                    file.write(part, tensor)
+                for part in list(stored):
+                    file.write(part, stored.pop(part))
                 done.append(row)
     before = sum(f.stat().st_size for f in source.files)
     return Conversion(out, source.family.title, tuple(done), before, out.stat().st_size)

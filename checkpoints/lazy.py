@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,19 +31,28 @@ class LazyTensors(MutableMapping):
 
     def __init__(self, heads: list[tuple[Path, header.Header]], rename: bool = True):
         """``rename``: a file of one layer whose tensors are named by their part alone gets names as others have."""
-        self._files = [path.open("rb") for path, _ in heads]
+        self._files: list[BinaryIO] = []
         self._places: dict[str, tuple] = {}
         self._held: dict[str, Tensor] = {}
         keys = [n for _, head in heads for n in head.tensors]
         named = header.names(keys) if rename else dict(zip(keys, keys, strict=True))
-        for (path, head), file in zip(heads, self._files, strict=True):
-            start = 8 + int.from_bytes(file.read(8), "little")
-            offsets = json.loads(file.read(start - 8))
-            for key, entry in head.tensors.items():
-                name = named[key]
-                if name in self._places:
-                    raise CheckpointError(path.name, "two files of the folder hold this tensor", header.AGAIN, name)
-                self._places[name] = (file, start + offsets[key]["data_offsets"][0], entry, path.name)
+        try:
+            for path, head in heads:
+                self._open(path, head, named)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path, head: header.Header, named: Mapping[str, str]) -> None:
+        file = path.open("rb")
+        self._files.append(file)
+        start = 8 + int.from_bytes(file.read(8), "little")
+        offsets = json.loads(file.read(start - 8))
+        for key, entry in head.tensors.items():
+            name = named[key]
+            if name in self._places:
+                raise CheckpointError(path.name, "two files of the folder hold this tensor", header.AGAIN, name)
+            self._places[name] = (file, start + offsets[key]["data_offsets"][0], entry, path.name)
 
     def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
         """(dtype by safetensors' name, shape), without reading."""

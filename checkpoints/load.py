@@ -73,22 +73,35 @@ def parse(
     ComfyUI in hand loads by itself.
     """
     metadata = dict(metadata or {})
-    for layer, entry in marked_layers(file_level(metadata, name), tensors).items():
-        key = layer + comfy_quant.SUFFIX
-        if key not in tensors:
-            tensors[key] = comfy_quant.encode_config(entry)
+    mark(tensors, metadata, name)
     found = marks.read(metadata, config, name)
     what = lazy.entries(tensors)
     marks.refuse(what, found, name)
-    layers: dict[str, StoredLayer] = {}
-    for fmt in FORMATS:
-        if fmt.detect(tensors):
-            layers |= fmt.read(tensors, name, core) if fmt is comfy_quant else fmt.read(tensors, name)
+    layers = take_layers(tensors, name, core)
     dense = tensors if isinstance(tensors, dict) else {n: tensors.pop(n) for n in list(tensors)}
     if layers:  # a float model in a publisher's names is ComfyUI's to read
         names = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
         native.to_native(layers, dense, names, name, found.lite)
     return Checkpoint(name, dense, layers, metadata)
+
+
+def mark(tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str], name: str) -> None:
+    """Gives the layers that only the file's metadata describes entries of their own. Raises CheckpointError."""
+    for layer, entry in marked_layers(file_level(metadata, name), tensors).items():
+        key = layer + comfy_quant.SUFFIX
+        if key not in tensors:
+            tensors[key] = comfy_quant.encode_config(entry)
+
+
+def take_layers(
+    tensors: MutableMapping[str, Tensor], name: str, core: Collection[str] = comfy_quant.CORE
+) -> dict[str, StoredLayer]:
+    """Takes the 4-bit layers of every format out of ``tensors``, under the file's names. Raises CheckpointError."""
+    layers: dict[str, StoredLayer] = {}
+    for fmt in FORMATS:
+        if fmt.detect(tensors):
+            layers |= fmt.read(tensors, name, core) if fmt is comfy_quant else fmt.read(tensors, name)
+    return layers
 
 
 def file_level(metadata: Mapping[str, str], name: str) -> dict[str, dict]:

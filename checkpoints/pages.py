@@ -15,8 +15,10 @@ from torch import Tensor
 SMALL = 2**20  # below this the ordinary allocator
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised or zero CPU tensor."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    """An uninitialised or zero CPU tensor; one without values where ``like`` has none."""
+    if like is not None and like.is_meta:
+        return torch.empty(shape, dtype=dtype, device="meta")
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < SMALL:
         return torch.empty(shape, dtype=dtype)

@@ -52,11 +52,15 @@ def layers_of(what: Entries) -> dict[str, dict[str, tuple]]:
     """Layer -> {last name: (dtype, shape)}; what bitsandbytes keeps below ``.weight`` belongs to the layer."""
     out: dict[str, dict[str, tuple]] = {}
     for name, entry in what.items():
-        layer, _, last = (name.split(bnb.MARK)[0], "", "quant_map") if bnb.MARK in name else name.rpartition(".")
-        if layer.rpartition(".")[2] == "weight":
-            layer = layer.rpartition(".")[0]
+        layer, last = layer_of(name)
         out.setdefault(layer, {})[last] = entry
     return out
+
+
+def layer_of(name: str) -> tuple[str, str]:
+    """(layer, last name) of a tensor."""
+    layer, _, last = (name.split(bnb.MARK)[0], "", "quant_map") if bnb.MARK in name else name.rpartition(".")
+    return (layer.rpartition(".")[0] if layer.rpartition(".")[2] == "weight" else layer), last
 
 
 def kind(parts: Mapping[str, tuple]) -> str | None:

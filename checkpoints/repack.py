@@ -1,11 +1,11 @@
-"""Rewrites any file that this pack reads in ComfyUI's per-layer contract: codes stay, only their order and names
-change.
+"""Rewrites any file that this pack reads in ComfyUI's per-layer contract, from file to file: codes stay, only their
+order and names change.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +13,24 @@ import torch
 from torch import Tensor
 
 from ..quant import parts
-from ..quant.modules import quantize_weight
+from ..quant.modules import blank, quantize_weight
 from ..quant.nvfp4_lowrank import NVFP4LowRankWeight
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan
 from ..quant.schemes import KEEP
 from ..quant.svdquant import SVDQuantWeight
 from ..quant.weight_only import WeightOnly
-from . import families, folder, header, lazy, load, logical, quantized, save
+from ..writing.room import check_room
+from ..writing.tensors import Entry, entries, nbytes
+from . import families, folder, header, lazy, logical, pieces, quantized, save
 from .convert import NAMES
 from .errors import CheckpointError
 from .formats import comfy_quant, gguf
 from .formats.stored import StoredLayer
+from .load import Checkpoint
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+RENAME = "Rename that tensor, or take it out"
 OTHERS = (WeightOnly, NVFP4LowRankWeight)  # what ``requantize`` is about: they have no int4 kernel
 
 
@@ -64,36 +68,70 @@ class Repacked:
 def repack(
     path: str | Path, out: str | Path, options: Options | None = None, progress: Progress | None = None
 ) -> Repacked:
-    """The file ``out`` of the model at ``path``. Never overwrites; raises CheckpointError naming the layer."""
+    """The file ``out`` of the model at ``path``. Never overwrites; raises CheckpointError naming the layer, WriteError
+    where there is no room.
+    """
     options, path, out = options or Options(), Path(path), Path(out)
     save.require_free(out)
-    checkpoint = load.load(path)
-    _check(checkpoint, path.name)
-    family, prefix = families.detect(_shapes(checkpoint, path.name))
-    plans = _plans(checkpoint.layers, family, prefix, options)
-    tensors = dict(checkpoint.dense)
-    forms, formats, again, total = Counter(), Counter(), 0, len(checkpoint.layers)
-    for i, name in enumerate(list(checkpoint.layers)):
-        if progress is not None:
-            progress(i, total, name)
-        layer = checkpoint.layers.pop(name)
-        forms[layer.form] += 1
-        if name in plans:
-            layer, bias = _requantized(name, layer, tensors.get(f"{name}.bias"), plans[name], options)
-            tensors |= {} if bias is None else {f"{name}.bias": bias}
-            again += 1
-        tiled = (options.tiled or layer.tiled) and isinstance(layer.weight, SVDQuantWeight)
-        stored = comfy_quant.write(name, layer.weight, tiled and tiles_fit(*layer.weight.shape))
-        formats[comfy_quant.decode_config(stored[f"{name}.comfy_quant"], path.name, name)["format"]] += 1
-        tensors |= stored
+    with pieces.opened(path) as model:
+        outline = model.outline
+        _check(outline, path.name)
+        family, prefix = families.detect(_shapes(outline, path.name))
+        plans = _plans(outline.layers, family, prefix, options)
+        named = _namer(path)
+        announced, formats = _announced(outline, plans, options)
+        announced = {named(n): entry for n, entry in announced.items()}
+        check_room(out, nbytes(announced))
+        forms, total = Counter(layer.form for layer in outline.layers.values()), len(outline.layers)
+        done = 0
+        with save.writing(out, announced, _info(path, family, forms, formats, len(plans))) as file:
+            for piece in model:
+                for name in list(piece.layers):
+                    if progress is not None:
+                        progress(done, total, name)
+                    done += 1
+                    layer = piece.layers.pop(name)
+                    piece.dense.update(_stored(name, layer, piece.dense, plans.get(name), options, _requantized))
+                    del layer
+                for name in list(piece.dense):
+                    file.write(named(name), piece.dense.pop(name))
     before = sum(f.stat().st_size for f in folder.files(path))
-    if _nameless(path):
-        tensors = {n.removeprefix(f"{header.ALONE}."): t for n, t in tensors.items()}
-    save.save(out, tensors, _info(path, family, forms, formats, again))
-    return Repacked(out, family.title, dict(forms), dict(formats), again, before, out.stat().st_size)
+    return Repacked(out, family.title, dict(forms), dict(formats), len(plans), before, out.stat().st_size)
 
 
-def _check(checkpoint: load.Checkpoint, name: str) -> None:
+def _announced(
+    outline: Checkpoint, plans: Mapping[str, LayerPlan], options: Options
+) -> tuple[dict[str, Entry], Counter]:
+    """(every tensor of the file, what its layers become), before any layer is read."""
+    found, formats = dict(outline.dense), Counter()
+    for name, layer in outline.layers.items():
+        stored = _stored(name, layer, found, plans.get(name), options, _bare)
+        formats[comfy_quant.decode_config(stored[f"{name}.comfy_quant"], outline.name, name)["format"]] += 1
+        taken = next((n for n in stored if n in found and n != f"{name}.bias"), None)
+        if taken is not None:
+            raise CheckpointError(outline.name, f"the tensor {taken} has a name that it needs", RENAME, name)
+        found |= stored
+    return entries(found), formats
+
+
+def _stored(
+    name: str,
+    layer: StoredLayer,
+    tensors: Mapping[str, Tensor],
+    how: LayerPlan | None,
+    options: Options,
+    again: Callable,
+) -> dict[str, Tensor]:
+    """The tensors of a layer, and its bias where that changes. ``again``: makes it int4 where ``how`` says so."""
+    bias = None
+    if how is not None:
+        layer, bias = again(name, layer, tensors.get(f"{name}.bias"), how, options)
+    tiled = (options.tiled or layer.tiled) and isinstance(layer.weight, SVDQuantWeight)
+    stored = comfy_quant.write(name, layer.weight, tiled and tiles_fit(*layer.weight.shape))
+    return stored | ({} if bias is None else {f"{name}.bias": bias})
+
+
+def _check(checkpoint: Checkpoint, name: str) -> None:
     """Raises CheckpointError where there is nothing to convert, or a name is taken."""
     if not checkpoint.layers and not comfy_quant.detect(checkpoint.dense):
         what = lazy.entries(checkpoint.dense)
@@ -106,17 +144,19 @@ def _check(checkpoint: load.Checkpoint, name: str) -> None:
         taken = next((n for n in ("weight", *NAMES) if f"{layer}.{n}" in checkpoint.dense), None)
         if taken is not None:
             what = f"the tensor {taken} beside it has a name that the converted layer needs"
-            raise CheckpointError(name, what, "Rename that tensor, or take it out", layer)
+            raise CheckpointError(name, what, RENAME, layer)
 
 
-def _nameless(path: Path) -> bool:
-    """Whether the source is one layer without a name, which it gets back."""
+def _namer(path: Path) -> Callable[[str], str]:
+    """What a tensor is called in the file: a source of one layer without a name gets that back."""
     if gguf.is_gguf(path):
-        return False
-    return all(k != v for k, v in header.names(n for f in folder.files(path) for n in header.read(f).tensors).items())
+        return str
+    found = header.names(n for f in folder.files(path) for n in header.read(f).tensors)
+    alone = all(k != v for k, v in found.items())
+    return lambda name: name.removeprefix(f"{header.ALONE}.") if alone else name
 
 
-def _shapes(checkpoint: load.Checkpoint, name: str) -> dict[str, tuple[int, ...]]:
+def _shapes(checkpoint: Checkpoint, name: str) -> dict[str, tuple[int, ...]]:
     """Logical shapes, those of layers in ComfyUI's own formats among them."""
     dense = {n: header.Entry(dtype, shape) for n, (dtype, shape) in lazy.entries(checkpoint.dense).items()}
     end = comfy_quant.SUFFIX
@@ -150,9 +190,18 @@ def _plans(layers: dict[str, StoredLayer], family, prefix: str, options: Options
 def _requantized(name: str, layer: StoredLayer, bias: Tensor | None, how: LayerPlan, options: Options):
     """(layer, bias) rounded again from the dense weight."""
     weight = parts.dequantize(layer.weight).to(options.device)
-    dtype = torch.bfloat16 if bias is None or bias.dtype not in (torch.float16, torch.bfloat16) else bias.dtype
     try:
-        done = quantize_weight(weight, bias, how, dtype, options.seed)
+        done = quantize_weight(weight, bias, how, _side_dtype(bias), options.seed)
     except ValueError as e:
         raise CheckpointError(name, str(e), "Convert it without requantizing", name) from e
     return StoredLayer(done.weight, form=layer.form), done.bias
+
+
+def _bare(name: str, layer: StoredLayer, bias: Tensor | None, how: LayerPlan, options: Options):
+    """What `_requantized` gives, without values."""
+    weight, bias = blank(layer.weight.shape, bias, how, _side_dtype(bias))
+    return StoredLayer(weight, form=layer.form), bias
+
+
+def _side_dtype(bias: Tensor | None) -> torch.dtype:
+    return torch.bfloat16 if bias is None or bias.dtype not in (torch.float16, torch.bfloat16) else bias.dtype

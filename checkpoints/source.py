@@ -37,13 +37,18 @@ class Source:
     metadata: dict[str, str]
     rules: dict[str, KeyRule] = field(default_factory=dict)  # native name -> where it is in a diffusers folder
     _tensors: LazyTensors | None = None
+    _uses: int = 0  # blocks that are in it: the files are open until the last one ends
 
     def __enter__(self) -> Source:
-        self._tensors = LazyTensors([(path, header.read(path)) for path in self.files], rename=False)
+        if not self._uses:
+            self._tensors = LazyTensors([(path, header.read(path)) for path in self.files], rename=False)
+        self._uses += 1
         return self
 
     def __exit__(self, *exc) -> None:
-        self._tensors.close()
+        self._uses -= 1
+        if not self._uses:
+            self._tensors.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

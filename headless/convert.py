@@ -23,13 +23,8 @@ def add_command(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from ..checkpoints import sizes
     from ..checkpoints.repack import Options, repack
-    from ..checkpoints.save import require_free
-    from ..writing.room import check_room
 
-    require_free(args.out)
-    check_room(args.out, sizes.repacked(args.source, args.requantize))
     options = Options(args.requantize, args.rank, args.seed, args.tile_packed, args.device)
     with tqdm(desc="layers", file=sys.stderr, leave=False) as bar:
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...quant.weight_only import BNB, WeightOnly
 from ..errors import CheckpointError
-from .stored import StoredLayer
+from .stored import StoredLayer, all_finite
 
 TITLE = "bitsandbytes"
 MARK = ".weight.quant_state.bitsandbytes__"
@@ -76,7 +76,7 @@ def _read_layer(codec: str, weight: Tensor | None, config: dict, parts: dict[str
     absmax = parts["absmax"]
     if parts["nested_absmax"] is not None or absmax.dtype == torch.uint8:
         absmax = _unnested(absmax, parts, config)
-    if not torch.isfinite(absmax).all() or not torch.isfinite(parts["quant_map"]).all():
+    if not all_finite(absmax) or not all_finite(parts["quant_map"]):
         raise ValueError("its scales hold NaN or infinity")
     table = parts["quant_map"].float().flatten()
     return WeightOnly(codec, (n, k), weight.reshape(n, -1), absmax.float().flatten(), table, config["blocksize"])

@@ -6,16 +6,18 @@ tensor is dense: floats as they are, small or odd-shaped quantized ones made den
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from ...quant.gguf_blocks import BLOCKS, BY_NUMBER, decode
 from ...quant.weight_only import WeightOnly
+from .. import pages
 from ..errors import CheckpointError
 from . import gguf_header
 from .gguf_header import REPAIR
@@ -85,32 +87,56 @@ def stays(tensor, shape: tuple[int, ...]) -> bool:
 def load(path: Path) -> tuple[dict[str, StoredLayer], dict[str, Tensor], dict[str, str]]:
     """(layers, dense tensors, metadata) of a whole file. Raises CheckpointError naming the layer."""
     reader = open_file(path)
+    return *take(reader, path, reader.tensors), about(reader, path)
+
+
+def about(reader, path: Path) -> dict[str, str]:
+    """The metadata that is kept."""
     with reading(path):
-        arch = architecture(reader)
+        return {"general.architecture": architecture(reader)}
+
+
+def take(
+    reader, path: Path, tensors: Iterable, values: bool = True
+) -> tuple[dict[str, StoredLayer], dict[str, Tensor]]:
+    """(layers, dense tensors) of some of the reader's ``tensors``; on torch's meta device without ``values``.
+
+    Not through the library's map of the file: a page of it that was read once stays counted. Raises CheckpointError
+    naming the layer.
+    """
     layers, dense = {}, {}
-    for t in reader.tensors:
-        try:
-            _put(t, shape_of(reader, t), layers, dense)
-        except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as e:
-            raise CheckpointError(path.name, str(e)[:200], REPAIR, t.name[:200]) from e
-    return layers, dense, {"general.architecture": arch}
+    with path.open("rb") as file:
+        for t in tensors:
+            try:
+                data = _bytes(t, file) if values else torch.empty(int(t.n_bytes), dtype=torch.uint8, device="meta")
+                _put(t, data, shape_of(reader, t), layers, dense)
+            except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, OSError) as e:
+                raise CheckpointError(path.name, str(e)[:200], REPAIR, t.name[:200]) from e
+    return layers, dense
 
 
-def _put(t, shape: tuple[int, ...], layers: dict, dense: dict) -> None:
+def _bytes(t, file: BinaryIO) -> Tensor:
+    data = pages.empty((int(t.n_bytes),), torch.uint8)
+    file.seek(int(t.data_offset))
+    if file.readinto(memoryview(data.numpy())) != len(data):
+        raise ValueError("the file ends before it")
+    return data
+
+
+def _put(t, data: Tensor, shape: tuple[int, ...], layers: dict, dense: dict) -> None:
     number = int(t.tensor_type)
     if any(s < 0 or s >= 2**31 for s in shape):
         raise ValueError(f"its shape {shape} is no shape")
     if prod(shape) != int(t.n_elements):
         raise ValueError(f"its shape {shape} is not that of its {int(t.n_elements)} values")
     if number in DENSE:
-        data = torch.from_numpy(t.data.copy()).reshape(-1).view(torch.uint8).view(DENSE[number])
-        dense[t.name] = data.reshape(shape)
+        dense[t.name] = data.view(DENSE[number]).reshape(shape)
         return
     if number not in BY_NUMBER:
         known = ", ".join(BLOCKS)
         raise ValueError(f"its type {t.tensor_type.name} is unknown to this version, which reads {known}")
     block = BY_NUMBER[number]
-    data = torch.from_numpy(t.data.copy()).reshape(-1, t.data.shape[-1])
+    data = data.reshape(-1, t.data.shape[-1])
     if stays(t, shape):
         layers[t.name.removesuffix(".weight")] = StoredLayer(WeightOnly(block.id, shape, data), form=block.id)
     else:

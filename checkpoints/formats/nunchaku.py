@@ -26,7 +26,7 @@ from ...quant.svdquant import SVDQuantWeight
 from .. import pages
 from ..errors import CheckpointError
 from . import nunchaku_order as order
-from .stored import StoredLayer
+from .stored import StoredLayer, all_finite
 
 TITLE = "nunchaku"
 SVDQ, SVDQ_FP4, AWQ = "nunchaku_svdq_int4", "nunchaku_svdq_nvfp4", "nunchaku_awq_w4a16"
@@ -171,7 +171,7 @@ def want(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def finite(parts: Mapping[str, Tensor]) -> None:
     """Raises ValueError for NaN or infinity in what scales the codes."""
     for name, t in parts.items():
-        if t.dtype.is_floating_point and name != "smooth_factor_orig" and not torch.isfinite(t.float()).all():
+        if t.dtype.is_floating_point and name != "smooth_factor_orig" and not all_finite(t):
             raise ValueError(f"{name} holds NaN or infinity")
 
 
@@ -231,7 +231,7 @@ def unpack_awq(parts: dict[str, Tensor]) -> AWQWeight:
     scales, zeros = parts["wscales"][:groups].contiguous(), parts["wzeros"][:groups]
     zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
     # Some rows at a time: unpacked, a modulation of FLUX.1 takes eight times its bytes.
-    codes = pages.empty((n, k // 2), torch.int8)
+    codes = pages.empty((n, k // 2), torch.int8, parts["qweight"])
     for i, rows in enumerate(parts["qweight"].split(AWQ_ROWS)):
         at = 4 * AWQ_ROWS * i
         codes[at : at + 4 * len(rows)] = packing.pack(order.awq_codes(rows))

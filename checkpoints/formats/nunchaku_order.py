@@ -28,7 +28,7 @@ class Order:
         if not stored.numel():
             return stored.reshape(self.natural(*stored.shape))
         small = stored.reshape(self.split(*stored.shape)).permute(self.permute)
-        out = pages.empty(self.natural(*stored.shape), stored.dtype)
+        out = pages.empty(self.natural(*stored.shape), stored.dtype, stored)
         out.view(small.shape).copy_(small)
         return out
 

@@ -24,6 +24,11 @@ class StoredLayer:
     form: str = "comfy_quant"
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether there is no NaN and no infinity in ``tensor``, as far as it has values."""
+    return tensor.is_meta or bool(torch.isfinite(tensor.float()).all())
+
+
 def encode_config(config: dict) -> Tensor:
     """JSON as the (len,) uint8 tensor of the contract."""
     return torch.tensor(list(json.dumps(config, sort_keys=True).encode()), dtype=torch.uint8)
