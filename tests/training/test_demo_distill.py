@@ -47,7 +47,7 @@ def test_lcf_learns_pictures_that_the_base_does_not_know(both, tmp_path):
     small = torch.as_tensor(recognise.load("twemoji").thumbnails[index]).permute(0, 3, 1, 2).float() * 2 - 1
     shown = torch.nn.functional.interpolate(small, (128, 128), mode="bilinear")
     pictures = torch.stack([train.latent_of(both[0], p) for p in shown])
-    plan = Plan("lcf", 60, 2, 3e-3, warmup=5, weight_decay=0.0, ema=0.8)
+    plan = Plan("lcf", 40, 2, 3e-3, warmup=5, weight_decay=0.0, ema=0.8)
     out = run(both, "lcf", plan, tmp_path, pictures)
     print(f"loss on fixed noise at every time: {out.before:.4f} -> {out.after:.4f}")
     assert out.after < 0.8 * out.before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,12 +46,12 @@ def run(preset: str, w, x, rank: int = 32, unsigned: bool = False, bias=None, se
 
 
 class MiniLM:
-    """all-MiniLM-L6-v2's 36 encoder linears with the inputs that texts give them.
+    """all-MiniLM-L6-v2's encoder linears, 6 in each of ``blocks``, with the inputs that texts give them.
 
     160 captions to calibrate, 256 others to test, and lines of its model card as text of another domain.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, blocks: Sequence[int] = range(6)):
         from transformers import AutoModel, AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -59,7 +60,12 @@ class MiniLM:
         card = (folder / "README.md").read_text(encoding="utf-8")
         other = [line.strip() for line in re.split(r"[\n.]", card) if len(line.strip()) > 20]
         self.texts = {"calibration": captions[:160], "in domain": captions[160:416], "out of domain": other}
-        self.linears = {n: m for n, m in self.model.encoder.named_modules() if isinstance(m, torch.nn.Linear)}
+        inside = {f"layer.{i}" for i in blocks}
+        self.linears = {
+            n: m
+            for n, m in self.model.encoder.named_modules()
+            if isinstance(m, torch.nn.Linear) and ".".join(n.split(".")[:2]) in inside
+        }
         self.inputs = {name: self.collect(texts) for name, texts in self.texts.items()}
 
     def collect(self, texts: list[str]) -> dict[str, torch.Tensor]:
