@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..families import GENERIC, FamilySpec, Place, by_diffusers_class, detect, detect_published
 from ..quant import parts
 from .errors import CheckpointError
-from .families import GENERIC, FamilySpec, Place, by_diffusers_class, detect, detect_published
 from .formats import nunchaku
 from .formats.stored import StoredLayer
 

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..families import FamilySpec, KeyRule, by_diffusers_class, detect
 from . import folder, header, load, quantized
 from .errors import CheckpointError
-from .families import FamilySpec, KeyRule, by_diffusers_class, detect
 from .formats import comfy_quant
 from .lazy import LazyTensors
 

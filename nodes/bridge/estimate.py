@@ -10,7 +10,8 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...checkpoints import families, foreign, forms
+from ... import families
+from ...checkpoints import foreign, forms
 from ...checkpoints.inspect import inspect
 from ...profiling import calibrate, memory, weights, work
 from ...profiling import estimate as core

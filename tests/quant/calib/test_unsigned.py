@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 from comfyui_nibble.checkpoints import convert, resume
-from comfyui_nibble.checkpoints.families import FAMILIES, by_id
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.families import FAMILIES, by_id
 from comfyui_nibble.headless import calibrate as headless
 from comfyui_nibble.quant import awq, svdquant
 from comfyui_nibble.quant.calib import allocate, engine, presets, report

@@ -2,8 +2,8 @@
 bits.
 """
 
-from ...quant.policy import Rule
-from ...quant.schemes import KEEP, SVDQUANT
+from ..quant.policy import Rule
+from ..quant.schemes import KEEP, SVDQUANT
 from .spec import FamilySpec
 
 FAMILY = FamilySpec(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ...quant.policy import Rule
-from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from ..quant.policy import Rule
+from ..quant.schemes import AWQ, KEEP, SVDQUANT
 from .spec import FamilySpec, Place, Published, in_blocks
 
 RULES = (

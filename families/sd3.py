@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ...quant.policy import Rule
-from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from ..quant.policy import Rule
+from ..quant.schemes import AWQ, KEEP, SVDQUANT
 from .spec import FamilySpec, KeyRule, layer_rules
 
 GELU = "reads a GELU"  # its tanh form, in ComfyUI's class as in diffusers'

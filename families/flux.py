@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ...quant.policy import Rule
-from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from ..quant.policy import Rule
+from ..quant.schemes import AWQ, KEEP, SVDQUANT
 from .spec import COLUMNS, FamilySpec, KeyRule, Place, Published, in_blocks, layer_rules, renamed
 
 GELU = "reads a GELU"  # its tanh form, in ComfyUI's class as in diffusers': never below -0.1701

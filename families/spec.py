@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ...quant.policy import Rule
+from ..quant.policy import Rule
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Where a model sits inside a bigger file; the first that carries any known name wins.

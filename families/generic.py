@@ -1,7 +1,7 @@
 """A model nobody has described yet: decided by what a layer's name says it does, and by its shape. Tried last."""
 
-from ...quant.policy import Rule
-from ...quant.schemes import AWQ, KEEP, SVDQUANT
+from ..quant.policy import Rule
+from ..quant.schemes import AWQ, KEEP, SVDQUANT
 from .spec import FamilySpec
 
 EMBED, ENDS = "embedder", "input or output layer"
