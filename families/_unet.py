@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..quant.policy import Rule
-from ..quant.schemes import AWQ, KEEP, SVDQUANT
-from .spec import KeyRule, Place, layer_rules
+from .spec import KEEP, SVDQUANT, KeyRule, Place, Rule, layer_rules
 
 RESNET = {
     "in_layers.0": "norm1",
@@ -41,8 +39,8 @@ def rules(text_projections: str, why: str) -> tuple[Rule, ...]:
     return (
         Rule(r"transformer_blocks\.0\.attn2\.to_k$", text_projections, why, keeps_columns=True),
         Rule(block + r"attn2\.to_[kv]$", text_projections, why),
-        Rule(block + r"attn[12]\.to_(q|k|v|out\.0)$", SVDQUANT.id, "attention"),
-        Rule(block + r"ff\.net\.(0\.proj|2)$", SVDQUANT.id, "feed-forward (GEGLU)"),
+        Rule(block + r"attn[12]\.to_(q|k|v|out\.0)$", SVDQUANT, "attention"),
+        Rule(block + r"ff\.net\.(0\.proj|2)$", SVDQUANT, "feed-forward (GEGLU)"),
         Rule(r"(time_embed|label_emb|time_embedding|add_embedding|class_embedding)", KEEP, "time and label embedding"),
         Rule(r"(emb_layers|time_emb_proj)", KEEP, "resnet time projection"),
         Rule(r"proj_(in|out)$", KEEP, "enters or leaves a transformer"),
@@ -114,6 +112,3 @@ def places(names: Iterable[str], config: Mapping) -> list[Place]:
         source, native = p.sources[0][: -len("to_q")], p.natives[0][: -len("to_q")]
         out.append(Place((f"{source}to_qkv",), tuple(native + q for q in QKV)))
     return out
-
-
-__all__ = ["AWQ", "KEEP", "SVDQUANT", "key_rules", "places", "rules"]

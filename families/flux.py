@@ -8,20 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..quant.policy import Rule
-from ..quant.schemes import AWQ, KEEP, SVDQUANT
-from .spec import COLUMNS, FamilySpec, KeyRule, Place, Published, in_blocks, layer_rules, renamed
+from .spec import (
+    AWQ,
+    COLUMNS,
+    KEEP,
+    SVDQUANT,
+    FamilySpec,
+    KeyRule,
+    Place,
+    Published,
+    Rule,
+    in_blocks,
+    layer_rules,
+    renamed,
+)
 
 GELU = "reads a GELU"  # its tanh form, in ComfyUI's class as in diffusers': never below -0.1701
 RULES = (
-    Rule(r"(img_mod|txt_mod)\.lin$|\.modulation\.lin$", AWQ.id, "modulation: one row per image"),
-    Rule(r"transformer_blocks\.\d+\.norm\d?(_context)?\.linear$", AWQ.id, "modulation: one row per image"),
-    Rule(r"(img_mlp|txt_mlp)\.2$", SVDQUANT.id, GELU, act_unsigned=True, after=r"\1.0"),
-    Rule(r"\.ff(_context)?\.net\.2$", SVDQUANT.id, GELU, act_unsigned=True, after=r".ff\1.net.0.proj"),
-    Rule(r"(img_mlp|txt_mlp)\.(gate|up|down)_proj$", SVDQUANT.id, "feed-forward (SwiGLU: never unsigned)"),
-    Rule(r"(img_attn|txt_attn)\.(qkv|proj)$|(img_mlp|txt_mlp)\.0$", SVDQUANT.id, "attention and feed-forward"),
-    Rule(r"single_blocks\.\d+\.linear[12]$", SVDQUANT.id, "fused attention and feed-forward"),
-    Rule(r"transformer_blocks\.\d+\.(attn\.|ff|proj_mlp$|proj_out$)", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"(img_mod|txt_mod)\.lin$|\.modulation\.lin$", AWQ, "modulation: one row per image"),
+    Rule(r"transformer_blocks\.\d+\.norm\d?(_context)?\.linear$", AWQ, "modulation: one row per image"),
+    Rule(r"(img_mlp|txt_mlp)\.2$", SVDQUANT, GELU, act_unsigned=True, after=r"\1.0"),
+    Rule(r"\.ff(_context)?\.net\.2$", SVDQUANT, GELU, act_unsigned=True, after=r".ff\1.net.0.proj"),
+    Rule(r"(img_mlp|txt_mlp)\.(gate|up|down)_proj$", SVDQUANT, "feed-forward (SwiGLU: never unsigned)"),
+    Rule(r"(img_attn|txt_attn)\.(qkv|proj)$|(img_mlp|txt_mlp)\.0$", SVDQUANT, "attention and feed-forward"),
+    Rule(r"single_blocks\.\d+\.linear[12]$", SVDQUANT, "fused attention and feed-forward"),
+    Rule(r"transformer_blocks\.\d+\.(attn\.|ff|proj_mlp$|proj_out$)", SVDQUANT, "attention and feed-forward"),
     Rule(r"", KEEP, "embedder, norm or output layer"),
 )
 TOP = {

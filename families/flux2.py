@@ -6,19 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..quant.policy import Rule
-from ..quant.schemes import KEEP, SVDQUANT
-from .spec import FamilySpec, KeyRule, Place, Published, in_blocks, layer_rules, renamed
+from .spec import KEEP, SVDQUANT, FamilySpec, KeyRule, Place, Published, Rule, in_blocks, layer_rules, renamed
 
 RULES = (
     # 2 to 4 % of the weights, read once a step for one row. In 4 bits they add half as much error to the picture as all
     # other weights in 4 bits do (random weights, 4 + 16 blocks: 0.0077 to 0.0171), since they add it in every block.
     Rule(r"stream_modulation(_img|_txt)?\.lin(ear)?$", KEEP, "modulation of all blocks: its error would be in each"),
-    Rule(r"(img_attn|txt_attn)\.(qkv|proj)$", SVDQUANT.id, "attention"),
-    Rule(r"(img_mlp|txt_mlp)\.[02]$", SVDQUANT.id, "feed-forward (SwiGLU: never unsigned)"),
-    Rule(r"single_blocks\.\d+\.linear[12]$", SVDQUANT.id, "fused attention and feed-forward (SwiGLU)"),
-    Rule(r"transformer_blocks\.\d+\.attn\.", SVDQUANT.id, "attention, in single blocks with feed-forward"),
-    Rule(r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)$", SVDQUANT.id, "feed-forward (SwiGLU)"),
+    Rule(r"(img_attn|txt_attn)\.(qkv|proj)$", SVDQUANT, "attention"),
+    Rule(r"(img_mlp|txt_mlp)\.[02]$", SVDQUANT, "feed-forward (SwiGLU: never unsigned)"),
+    Rule(r"single_blocks\.\d+\.linear[12]$", SVDQUANT, "fused attention and feed-forward (SwiGLU)"),
+    Rule(r"transformer_blocks\.\d+\.attn\.", SVDQUANT, "attention, in single blocks with feed-forward"),
+    Rule(r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)$", SVDQUANT, "feed-forward (SwiGLU)"),
     Rule(r"", KEEP, "embedder, norm or output layer"),
 )
 TOP = {

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..quant.policy import Rule
-from ..quant.schemes import AWQ, KEEP, SVDQUANT
-from .spec import FamilySpec, Place, Published, in_blocks
+from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, Place, Published, Rule, in_blocks
 
 RULES = (
-    Rule(r"(img_mod|txt_mod)\.1$", AWQ.id, "modulation: one row per image"),
+    Rule(r"(img_mod|txt_mod)\.1$", AWQ, "modulation: one row per image"),
     # GELU in its tanh form, in ComfyUI's class as in diffusers'
-    Rule(r"(img_mlp|txt_mlp)\.net\.2$", SVDQUANT.id, "reads a GELU", act_unsigned=True, after=r"\1.net.0.proj"),
-    Rule(r"transformer_blocks\.\d+\.(attn\.|img_mlp|txt_mlp)", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"(img_mlp|txt_mlp)\.net\.2$", SVDQUANT, "reads a GELU", act_unsigned=True, after=r"\1.net.0.proj"),
+    Rule(r"transformer_blocks\.\d+\.(attn\.|img_mlp|txt_mlp)", SVDQUANT, "attention and feed-forward"),
     Rule(r"", KEEP, "embedder, norm or output layer"),
 )
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..quant.policy import Rule
-from ..quant.schemes import AWQ, KEEP, SVDQUANT
-from .spec import FamilySpec, KeyRule, layer_rules
+from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, KeyRule, Rule, layer_rules
 
 GELU = "reads a GELU"  # its tanh form, in ComfyUI's class as in diffusers'
 RULES = (
-    Rule(r"joint_blocks\.\d+\.\w+\.adaLN_modulation\.1$", AWQ.id, "modulation: one row per image"),
-    Rule(r"transformer_blocks\.\d+\.norm1(_context)?\.linear$", AWQ.id, "modulation: one row per image"),
-    Rule(r"(joint_blocks\.\d+\.\w+\.mlp)\.fc2$", SVDQUANT.id, GELU, act_unsigned=True, after=r"\1.fc1"),
-    Rule(r"\.ff(_context)?\.net\.2$", SVDQUANT.id, GELU, act_unsigned=True, after=r".ff\1.net.0.proj"),
-    Rule(r"joint_blocks\.\d+\.\w+\.(attn2?\.(qkv|proj)|mlp\.fc1)$", SVDQUANT.id, "attention and feed-forward"),
-    Rule(r"transformer_blocks\.\d+\.(attn2?|ff|ff_context)\.", SVDQUANT.id, "attention and feed-forward"),
+    Rule(r"joint_blocks\.\d+\.\w+\.adaLN_modulation\.1$", AWQ, "modulation: one row per image"),
+    Rule(r"transformer_blocks\.\d+\.norm1(_context)?\.linear$", AWQ, "modulation: one row per image"),
+    Rule(r"(joint_blocks\.\d+\.\w+\.mlp)\.fc2$", SVDQUANT, GELU, act_unsigned=True, after=r"\1.fc1"),
+    Rule(r"\.ff(_context)?\.net\.2$", SVDQUANT, GELU, act_unsigned=True, after=r".ff\1.net.0.proj"),
+    Rule(r"joint_blocks\.\d+\.\w+\.(attn2?\.(qkv|proj)|mlp\.fc1)$", SVDQUANT, "attention and feed-forward"),
+    Rule(r"transformer_blocks\.\d+\.(attn2?|ff|ff_context)\.", SVDQUANT, "attention and feed-forward"),
     Rule(r"", KEEP, "embedder, norm or output layer"),
 )
 TOP = {

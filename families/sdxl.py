@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from . import _unet
-from .spec import FamilySpec, Place, Published
+from .spec import KEEP, FamilySpec, Place, Published
 
 BASE = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -25,7 +25,7 @@ FAMILY = FamilySpec(
         (r"input_blocks\.0\.0\.weight", None),
         (r".*transformer_blocks\.0\.attn2\.to_k\.weight", (1, 2048)),
     ),
-    rules=_unet.rules(_unet.KEEP, "text key and value: 77 tokens, no speed to win"),
+    rules=_unet.rules(KEEP, "text key and value: 77 tokens, no speed to win"),
     diffusers_class="UNet2DConditionModel",
     diffusers_config=(("cross_attention_dim", 2048),),
     key_rules=_unet.key_rules,

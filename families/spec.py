@@ -9,11 +9,36 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..quant.policy import Rule
-
+# The schemes of quant/schemes.py that a policy chooses from, and the word for a layer that stays in 16 bits.
+SVDQUANT, AWQ, KEEP = "svdquant_w4a4", "awq_w4a16", "keep"
 Shapes = Mapping[str, tuple[int, ...]]
 # Where a model sits inside a bigger file; the first that carries any known name wins.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``pattern`` is searched in a layer's dotted name; the first rule of a policy that matches decides.
+
+    ``act_unsigned``: the layer reads a GELU. ``after``: what the match is replaced by to name the layer whose output
+    that GELU takes. Where that layer has more rows than this one has columns its output is gated, and the claim falls.
+    ``keeps_columns``: ComfyUI tells the model by the number of columns that this weight has in the file, so no format
+    that packs them may take it.
+    """
+
+    pattern: str
+    scheme: str
+    reason: str
+    act_unsigned: bool = False
+    after: str = ""
+    keeps_columns: bool = False
+
+    def __post_init__(self):
+        re.compile(self.pattern)
+        if self.scheme not in (SVDQUANT, AWQ, KEEP):
+            raise ValueError(f"rule {self.pattern!r}: unknown scheme {self.scheme!r}")
+        if self.act_unsigned and self.scheme != SVDQUANT:
+            raise ValueError(f"rule {self.pattern!r}: only 4-bit activations can be unsigned")
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..quant.policy import Rule
-from ..quant.schemes import KEEP, SVDQUANT
-from .spec import FamilySpec, Place, Published, in_blocks, renamed
+from .spec import KEEP, SVDQUANT, FamilySpec, Place, Published, Rule, in_blocks, renamed
 
 RULES = (
     Rule(r"refiner", KEEP, "refines text or noise: few tokens, sensitive"),
-    Rule(r"layers\.\d+\.attention\.(qkv|out)$", SVDQUANT.id, "attention"),
-    Rule(r"layers\.\d+\.feed_forward\.w[123]$", SVDQUANT.id, "feed-forward (SwiGLU: never unsigned)"),
+    Rule(r"layers\.\d+\.attention\.(qkv|out)$", SVDQUANT, "attention"),
+    Rule(r"layers\.\d+\.feed_forward\.w[123]$", SVDQUANT, "feed-forward (SwiGLU: never unsigned)"),
     Rule(r"", KEEP, "embedder, modulation, norm or output layer"),
 )
 TOP = {

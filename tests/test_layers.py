@@ -1,6 +1,8 @@
 """Who may import whom inside the pack. The directions are the design; this walks every import statement."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +35,7 @@ ALLOWED = {
     "checkpoints": {"families", "quant", "writing"},
     "demo": {"metrics", "training", "adapters", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
-    "families": {"quant"},
+    "families": set(),
     "quant": set(),
     "prompts": {"reading"},
     "sampling": set(),
@@ -113,3 +115,9 @@ def test_every_relative_import_exists():
                     or parent.with_suffix(".py").exists()
                     or (parent / "__init__.py").exists()
                 ), f"{path}: {target}"
+
+
+def test_families_need_no_torch():
+    """They are read for help texts and lists, before anything heavy is."""
+    code = "import sys, comfyui_nibble.families; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=60).returncode == 0
