@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..families import GENERIC, FamilySpec, Place, by_diffusers_class, detect, detect_published
+from ..families import GENERIC, by_diffusers_class, detect, detect_published
+from ..families.spec import FamilySpec, Place
 from ..quant import parts
 from .errors import CheckpointError
 from .formats import nunchaku

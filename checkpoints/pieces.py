@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..families import Place
+from ..families.spec import Place
 from ..quant.parts import ROWS
 from . import folder, header, lazy, load, marks, native, quantized
 from .formats import bnb, comfy_quant, gguf

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..families import FamilySpec, KeyRule, by_diffusers_class, detect
+from ..families import by_diffusers_class, detect
+from ..families.spec import FamilySpec, KeyRule
 from . import folder, header, load, quantized
 from .errors import CheckpointError
 from .formats import comfy_quant

@@ -7,17 +7,22 @@ three layers instead; FLUX.2, whose SwiGLU has FLUX.1's names, is a family of it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+from .preset import HF, HYPER, Preset
 from .spec import (
     AWQ,
     COLUMNS,
     KEEP,
+    MAX_TOKENS,
+    PROSE,
     SVDQUANT,
     FamilySpec,
     KeyRule,
     Place,
     Published,
     Rule,
+    Variant,
     in_blocks,
     layer_rules,
     renamed,
@@ -135,6 +140,38 @@ def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
     ]
 
 
+def inputs(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Of FLUX.2, too, which has ComfyUI's class but no pooled vector."""
+    pooled = {} if config["vec_in_dim"] is None else {"y": (config["vec_in_dim"],)}
+    guidance = {"guidance": ()} if config.get("guidance_embed") else {}
+    return {"context": (MAX_TOKENS[PROSE], config["context_in_dim"]), **pooled, **guidance}
+
+
+# ``shown`` are sigmas at 1024 x 1024: e^1.15 / (e^1.15 + 1/u - 1) where the shift is by size
+SHIFTED_4 = (1.0, 0.9045, 0.7595, 0.5128)
+SHIFTED_8 = (1.0, 0.9567, 0.9045, 0.8403, 0.7595, 0.6546, 0.5128, 0.3109)
+DEV = Preset(
+    id="flux_dev", title="FLUX.1-dev (not distilled to few steps)", family="flux", prediction="flow",
+    schedule="simple", steps=20, made_for=tuple(range(20, 51)), sampler="euler", size_shift=True, guidance=3.5,
+    names=r"flux[-_.]?1[-_.]?dev|flux[-_]?dev", of_class=True, source=f"{HF}black-forest-labs/FLUX.1-dev",
+    shown=(1.0, 0.9836, 0.966, 0.9471, 0.9266, 0.9045, 0.8805, 0.8543, 0.8257, 0.7942, 0.7595, 0.721, 0.678, 0.6297,
+           0.5751, 0.5128, 0.4412, 0.3579, 0.2598, 0.1425),
+)  # fmt: skip
+SCHNELL = Preset(
+    id="flux_schnell", title="FLUX.1-schnell", family="flux_schnell", prediction="flow", schedule="simple", steps=4,
+    made_for=(1, 2, 3, 4), sampler="euler", shown=(1.0, 0.75, 0.5, 0.25), names=r"schnell", of_class=True,
+    source=f"{HF}black-forest-labs/FLUX.1-schnell",
+)  # fmt: skip
+HYPER_DEV = replace(
+    DEV, id="hyper_flux", title="Hyper-SD for FLUX.1-dev", steps=8, made_for=(8, 16), shown=SHIFTED_8, of_class=False,
+    names=r"hyper[-_ ]?flux.*?(?P<steps>\d+)[-_ ]?step", lora="Hyper-FLUX.1-dev-8steps-lora", lora_strength=0.125,
+    source=HYPER,
+)  # fmt: skip
+TURBO_ALPHA = replace(
+    HYPER_DEV, id="flux_turbo_alpha", title="FLUX.1-Turbo-Alpha", made_for=(8,), lora="FLUX.1-Turbo-Alpha",
+    names=r"turbo[-_ ]?alpha", lora_strength=1.0, source=f"{HF}alimama-creative/FLUX.1-Turbo-Alpha",
+)  # fmt: skip
+
 FAMILY = FamilySpec(
     id="flux",
     title="FLUX.1",
@@ -156,4 +193,26 @@ FAMILY = FamilySpec(
             others="none",
         ),
     ),
+    module="Flux",
+    inputs=inputs,
+    variants=(
+        Variant(
+            id="flux",
+            title="FLUX.1-dev",
+            classes={"Flux": {}, "FluxTransformer2DModel": {"guidance_embeds": True}},
+            side=1024,
+            sized_like="sdxl",
+            ordinary_preset=DEV.id,
+        ),
+        Variant(
+            id="flux_schnell",
+            title="FLUX.1-schnell",
+            classes={"FluxSchnell": {}, "FluxTransformer2DModel": {}},
+            side=1024,
+            sized_like="flux",
+            loras_of="flux",
+            shift=1.0,
+        ),
+    ),
+    presets=(SCHNELL, HYPER_DEV, TURBO_ALPHA, DEV),
 )

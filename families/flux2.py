@@ -5,8 +5,11 @@ layer reads a GELU; no layer has a bias; and one modulation serves all blocks of
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from .spec import KEEP, SVDQUANT, FamilySpec, KeyRule, Place, Published, Rule, in_blocks, layer_rules, renamed
+from .flux import inputs
+from .preset import TEMPLATES, Preset
+from .spec import KEEP, SVDQUANT, FamilySpec, KeyRule, Place, Published, Rule, Variant, in_blocks, layer_rules, renamed
 
 RULES = (
     # 2 to 4 % of the weights, read once a step for one row. In 4 bits they add half as much error to the picture as all
@@ -78,6 +81,24 @@ def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
     ]
 
 
+KLEIN = Preset(
+    id="flux2_klein", title="FLUX.2-klein 4B and 9B", family="flux2", prediction="flow", schedule="flux2", steps=4,
+    made_for=(4,), sampler="euler", shown=(1.0, 0.9674, 0.9081, 0.7672), names=r"klein",
+    source=f"{TEMPLATES}image_flux2_klein_text_to_image.json",
+)  # fmt: skip
+KLEIN_BASE = replace(
+    KLEIN, id="flux2_klein_base", title="FLUX.2-klein base (not distilled)", steps=20, made_for=tuple(range(20, 51)),
+    cfg=5.0, names=r"klein.*base|base.*klein",
+    shown=(1.0, 0.9942, 0.9878, 0.9808, 0.973, 0.9643, 0.9546, 0.9436, 0.9311, 0.9167, 0.9001, 0.8805, 0.8572, 0.8291,
+           0.7942, 0.7501, 0.6925, 0.6138, 0.5002, 0.3216),
+)  # fmt: skip
+DEV_TURBO = replace(
+    KLEIN, id="flux2_dev_turbo", title="FLUX.2-dev with Turbo LoRA", steps=8, made_for=(8,), guidance=4.0,
+    names=r"flux[-_. ]?2.*turbo", lora="Flux_2-Turbo-LoRA_comfyui",
+    source=f"{TEMPLATES}image_flux2_text_to_image.json",
+    shown=(1.0, 0.9854, 0.9666, 0.9415, 0.9062, 0.8528, 0.763, 0.5798),
+)  # fmt: skip
+
 FAMILY = FamilySpec(
     id="flux2",
     title="FLUX.2",
@@ -100,4 +121,16 @@ FAMILY = FamilySpec(
             others="none",
         ),
     ),
+    module="Flux",
+    inputs=inputs,
+    variants=(
+        Variant(
+            id="flux2",
+            title="FLUX.2",
+            classes={"Flux2": {}, "Flux2Transformer2DModel": {}},
+            side=1024,
+            sized_like="sdxl",
+        ),
+    ),
+    presets=(KLEIN_BASE, KLEIN, DEV_TURBO),
 )

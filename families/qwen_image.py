@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
-from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, Place, Published, Rule, in_blocks
+from .preset import TEMPLATES, Preset
+from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, Place, Published, Rule, Variant, in_blocks
 
 RULES = (
     Rule(r"(img_mod|txt_mod)\.1$", AWQ, "modulation: one row per image"),
@@ -33,6 +35,18 @@ def _nunchaku(names: Iterable[str], config: Mapping) -> list[Place]:
     return in_blocks(names, "transformer_blocks.{}.", "transformer_blocks.{}.", block)
 
 
+LIGHTNING = Preset(
+    id="qwen_lightning", title="Qwen-Image-Lightning", family="qwen_image", prediction="flow", schedule="simple",
+    steps=4, made_for=(4, 8), sampler="euler", shift=3.0, shown=(1.0, 0.9, 0.75, 0.5),
+    names=r"qwen.*lightning(?:.*?(?P<steps>\d+)[-_ ]?step)?", lora="Qwen-Image-Lightning-4steps-V1.0",
+    source="https://github.com/ModelTC/Qwen-Image-Lightning",
+)  # fmt: skip
+WULI = replace(
+    LIGHTNING, id="qwen_2512_turbo", title="Qwen-Image-2512 Turbo (Wuli)", steps=2, made_for=(2,), shown=(1.0, 0.75),
+    names=r"wuli|2512[-_ ]?turbo", lora="Wuli-Qwen-Image-2512-Turbo-LoRA-2steps-V1.0",
+    source=f"{TEMPLATES}image_qwen_image_2512_with_2steps_lora.json",
+)  # fmt: skip
+
 FAMILY = FamilySpec(
     id="qwen_image",
     title="Qwen-Image",
@@ -48,4 +62,15 @@ FAMILY = FamilySpec(
             _nunchaku,
         ),
     ),
+    variants=(
+        Variant(
+            id="qwen_image",
+            title="Qwen-Image",
+            classes={"QwenImage": {}, "QwenImageTransformer2DModel": {}},
+            side=1328,
+            sized_like="sdxl",
+            ordinary=("euler", "simple", 20, 2.5),
+        ),
+    ),
+    presets=(WULI, LIGHTNING),
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, KeyRule, Rule, layer_rules
+from .preset import HYPER, Preset
+from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, KeyRule, Rule, Variant, layer_rules
 
 GELU = "reads a GELU"  # its tanh form, in ComfyUI's class as in diffusers'
 RULES = (
@@ -65,6 +67,24 @@ def key_rules(config: Mapping) -> list[KeyRule]:
     return [*out, KeyRule("pos_embed", ("pos_embed.pos_embed",))]
 
 
+def inputs(config: Mapping) -> dict[str, tuple[int, ...]]:
+    width = config["context_embedder_config"]["params"]["in_features"]
+    return {"context": (154, width), "y": (config["adm_in_channels"],)}  # CLIP's 77 tokens, and T5's
+
+
+TURBO = Preset(
+    id="sd35_large_turbo", title="SD 3.5 Large Turbo", family="sd3", prediction="flow", schedule="normal", steps=4,
+    made_for=(4,), sampler="euler", shift=3.0, shown=(1.0, 0.8577, 0.6022, 0.0089),
+    names=r"(?:sd|diffusion)[-_ ]?3[._-]?5.*turbo", source="https://github.com/Stability-AI/sd3.5/blob/main/sd3_infer.py",
+)  # fmt: skip
+
+HYPER_CFG = replace(
+    TURBO, id="hyper_sd3_cfg", title="Hyper-SD for SD 3, CFG-preserved", steps=8, made_for=(4, 8, 16), cfg=5.0,
+    cfg_at=((1, 3.0), (8, 5.0), (16, 7.0)), lora="Hyper-SD3-8steps-CFG-lora", lora_strength=0.125,
+    names=r"hyper[-_ ]?sd[-_ ]?3.*?(?P<steps>\d+)[-_ ]?step", source=HYPER,
+    shown=(1.0, 0.9475, 0.8828, 0.8008, 0.6938, 0.548, 0.338, 0.0089),
+)  # fmt: skip
+
 FAMILY = FamilySpec(
     id="sd3",
     title="Stable Diffusion 3",
@@ -72,4 +92,17 @@ FAMILY = FamilySpec(
     rules=RULES,
     diffusers_class="SD3Transformer2DModel",
     key_rules=key_rules,
+    module="OpenAISignatureMMDITWrapper",
+    inputs=inputs,
+    variants=(
+        Variant(
+            id="sd3",
+            title="SD 3 / 3.5",
+            classes={"SD3": {}, "SD3Transformer2DModel": {}},
+            side=1024,
+            sized_like="sdxl",
+            ordinary=("dpmpp_2m", "sgm_uniform", 28, 4.5),
+        ),
+    ),
+    presets=(TURBO, HYPER_CFG),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from . import _unet
-from .spec import KEEP, FamilySpec, Place, Published
+from .spec import KEEP, TAGS, FamilySpec, Place, Published, Variant
 
 BASE = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -38,4 +38,17 @@ FAMILY = FamilySpec(
             others="none",
         ),
     ),
+    module="UNetModel",
+    inputs=_unet.inputs,
+    variants=(
+        Variant(
+            id="sdxl",
+            title="SDXL",
+            classes={"SDXL": {}, "UNet2DConditionModel": {"addition_embed_type": "text_time"}},
+            style=TAGS,
+            side=1024,
+            ordinary=("dpmpp_2m", "karras", 25, 6.0),
+        ),
+    ),
+    presets=_unet.presets("sdxl"),
 )

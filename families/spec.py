@@ -1,4 +1,5 @@
-"""What this pack knows about a model family: how to recognise it, what stays 16-bit, and what its layers are called.
+"""What this pack knows about a model family: how to recognise it, what stays 16-bit, what its layers are called, and of
+each model in it how it is prompted and sampled.
 
 Native names are ComfyUI's (the original authors'); diffusers names are the other spelling. A family knows no bytes.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+
+from .preset import Preset
 
 # The schemes of quant/schemes.py that a policy chooses from, and the word for a layer that stays in 16 bits.
 SVDQUANT, AWQ, KEEP = "svdquant_w4a4", "awq_w4a16", "keep"
@@ -119,11 +122,44 @@ def renamed(table: Mapping[str, str | tuple[str, ...]], swap: Iterable[str] = ()
     return [Place(sources, (native,), swap_halves=native in swap) for native, sources in rows]
 
 
+TAGS, PROSE = "tags", "prose"  # what CLIP alone reads; what encoders of sentences (T5, Qwen, Llama) read
+# Longest prompt of a style, in CLIP tokens with both end marks; prose: half of T5's 512.
+MAX_TOKENS = {TAGS: 77, PROSE: 256}
+DEFAULT_RUN = ("euler", "simple", 25, 1.0)  # of a variant that says nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model of a family as prompts and presets tell it from others. Its ``id`` stands in files, and is frozen.
+
+    classes       ComfyUI's model configuration and diffusers' denoiser -> what its configuration says besides
+    style         of its prompts; side: of its square picture, 0 where no domain may name it
+    ordinary      (ComfyUI's sampler, scheduler, steps, cfg) of a model that is not distilled; ordinary_preset: a preset
+                  for that
+    shift         what ComfyUI loads a flow model with, where presets say no other: sigma = s u / (1 + (s - 1) u)
+    sized_like    the variant whose size a domain means where it has none for this one
+    presets_of, loras_of    the variant whose presets, or domains' LoRAs, are for this one, too
+    """
+
+    id: str
+    title: str
+    classes: Mapping[str, Mapping[str, object]]
+    style: str = PROSE
+    side: int = 0
+    ordinary: tuple[str, str, int, float] | None = None
+    ordinary_preset: str = ""
+    shift: float | None = None
+    sized_like: str = ""
+    presets_of: str = ""
+    loras_of: str = ""
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """``marks``: native names that only this family has, each with (dimension, size) or None for any shape.
 
-    ``unsupported``: why ComfyUI cannot run the family, where it cannot.
+    ``module``: ComfyUI's class of it. ``inputs``: its configuration -> shapes, without the batch, of what it takes
+    besides latent and time. ``unsupported``: why ComfyUI cannot run the family, where it cannot.
     """
 
     id: str
@@ -136,6 +172,15 @@ class FamilySpec:
     side_dtype: str = "bfloat16"  # what scales and low-rank factors of a 32-bit source are stored in
     published: tuple[Published, ...] = ()  # other spellings of its names
     unsupported: str = ""
+    module: str = ""
+    inputs: Callable[[Mapping], dict[str, tuple[int, ...]]] | None = None
+    variants: tuple[Variant, ...] = ()
+    presets: tuple[Preset, ...] = ()  # the first of a variant whose pattern is in a file name wins: narrow ones first
+
+    def __post_init__(self):
+        for row in self.presets:
+            if row.family not in (v.id for v in self.variants):
+                raise ValueError(f"preset {row.id}: unknown variant {row.family!r} of the family {self.id}")
 
     def matches(self, shapes: Shapes, prefix: str) -> bool:
         for pattern, size in self.marks:

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from ..sampling.preset import Preset
+from ..families.preset import Preset
 from ..sampling.samplers import perflow_velocity
 from ..sampling.schedules import TRAIN
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..families import KeyRule, by_diffusers_class
+from ..families import by_diffusers_class
+from ..families.spec import KeyRule
 from ..quant import kernels
 from .keys import parse, unread
 from .names import MODEL, TEXT, Index, Slot, index, place

@@ -19,10 +19,11 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+from ..families import SIDES
 from . import text as texts
 from .order import ordered
 from .reader import DomainError
-from .spec import GIVEN, PROSE, SIDES, STYLES, Choice, Condition, Domain, Lora, Part, Slot, When
+from .spec import GIVEN, PROSE, STYLES, Choice, Condition, Domain, Lora, Part, Slot, When
 
 ID = re.compile(r"[a-z][a-z0-9-]{0,59}@[1-9][0-9]{0,3}")
 LIST = PRESET = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from .preset import Preset
+from ..families import VARIANTS
+from ..families.preset import Preset
 from .schedules import Plan, consistency_grid, plan, trailing
 
-# What ComfyUI loads a flow family's models with, where a row has no shift of its own: sigma = s u / (1 + (s - 1) u)
-SHIFTS = {"flux_schnell": 1.0, "krea2": math.exp(1.15), "ernie": 3.0, "mage_flow": 6.0, "boogu": 3.16}
 SIZE_SHIFT = ((256, 0.5), (4096, 1.15))  # FLUX.1's: (tokens, logarithm of the shift), a line through both
 TOKEN = 256  # pixels of a token
 
@@ -58,7 +57,7 @@ def _flow(row: Preset, planned: Plan, size: tuple[int, int]) -> tuple[float, ...
     elif row.size_shift:
         shift = size_shift(size)
     else:
-        shift = row.shift or SHIFTS[row.family]
+        shift = row.shift or VARIANTS[row.family].shift
     # ComfyUI's "normal" and "sgm_uniform" are even in timesteps, which are sigmas: the shift counts twice
     last = shifted(0.001, shift)
     if planned.scheduler == "normal":

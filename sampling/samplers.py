@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from .preset import PERFLOW
+from ..families.preset import PERFLOW
 from .schedules import TRAIN, WINDOWS
 
 Noise = Callable[[Tensor, Tensor], Tensor]

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .preset import Preset
+from ..families.preset import Preset
 
 TRAIN, GRID = 1000, 50
 SKIP = TRAIN // GRID

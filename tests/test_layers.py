@@ -37,8 +37,8 @@ ALLOWED = {
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
     "families": set(),
     "quant": set(),
-    "prompts": {"reading"},
-    "sampling": set(),
+    "prompts": {"families", "reading"},
+    "sampling": {"families"},
     "profiling": set(),
     "metrics": set(),
     "adapters": set(),

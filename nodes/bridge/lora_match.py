@@ -19,7 +19,7 @@ from comfy.model_patcher import get_key_weight
 from torch import Tensor
 
 from ... import families
-from ...families import KeyRule
+from ...families.spec import KeyRule
 from ...lora import peft
 from ...lora.keys import comfyui_suffix, parse
 from ...lora.names import MODEL, TEXT, Index, Place, index, place

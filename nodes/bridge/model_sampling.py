@@ -16,10 +16,10 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 
 from ...checkpoints import header
+from ...families.preset import Preset
 from ...quant import kernels
 from ...sampling.detect import GUIDANCE_KEY
 from ...sampling.guidance import omega_bias
-from ...sampling.preset import Preset
 from ...sampling.samplers import sample_perflow, sample_tcd
 from ...sampling.schedules import TRAIN, Plan
 

@@ -3,8 +3,7 @@
 import lora_files
 import pytest
 import torch
-from comfyui_nibble.families import KeyRule
-from comfyui_nibble.families.spec import Rule
+from comfyui_nibble.families.spec import KeyRule, Rule
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read
 from comfyui_nibble.quant import kernels
