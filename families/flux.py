@@ -142,7 +142,7 @@ def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
 
 def inputs(config: Mapping) -> dict[str, tuple[int, ...]]:
     """Of FLUX.2, too, which has ComfyUI's class but no pooled vector."""
-    pooled = {} if config["vec_in_dim"] is None else {"y": (config["vec_in_dim"],)}
+    pooled = {"y": (config["vec_in_dim"],)} if config.get("vec_in_dim") else {}
     guidance = {"guidance": ()} if config.get("guidance_embed") else {}
     return {"context": (MAX_TOKENS[PROSE], config["context_in_dim"]), **pooled, **guidance}
 
