@@ -1,0 +1,57 @@
+"""A model family is one file: added to a copy of the pack, it is found by everything that asks about models."""
+
+import json
+import subprocess
+import sys
+
+from new_family import grown
+
+SCRIPT = """
+import importlib.util, json, sys
+from types import SimpleNamespace as Object
+
+root, data = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("grown", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["grown"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["grown"])
+from grown import families
+from grown.headless import draw, few_steps
+from grown.prompts import expand, schema
+from grown.quant.policy import plan
+from grown.sampling import detect, levels, presets
+
+family, prefix = families.detect({"model.diffusion_model.toy.weight": (64, 64)})
+plans = plan({"toy": (64, 64), "other": (64, 64)}, family.rules, 8)
+domain = schema.parse(json.loads(data), "test.yaml")
+pipe = Object(transformer=type("ToyTransformer", (), {"config": {}})(), components={})
+facts = detect.Facts(few_steps.family(pipe), "ToyTransformer", (detect.File("my-toy-turbo.safetensors"),))
+match = detect.detect(facts)
+print(json.dumps({
+    "detected": [family.id, prefix], "plan": {n: [p.scheme, p.reason] for n, p in plans.items()},
+    "sizes": [domain.size("toy"), families.SIDES["toy"]], "loras": len(expand.loras(domain, "toy", {})),
+    "called": few_steps.of_domain(pipe), "style": draw.style_of(pipe), "usual": few_steps.usual(pipe),
+    "preset": match.preset.id, "visits": levels.visits(match.preset), "page": "`toy_turbo`" in presets.page(),
+}))
+"""
+DOMAIN = {
+    "id": "test@1", "title": "Test", "description": "A test.", "example": "a cup",
+    "prose": {"positive": ["A {subject}."], "negative": ["blurry"]},
+    "tags": {"positive": ["{subject}"], "negative": ["lowres"]},
+    "loras": [{"file": "ink.safetensors", "family": family, "link": "https://huggingface.co/a/ink"}
+              for family in ("toy", "sdxl", "sd15")],
+    "presets": {"toy": "toy_turbo"}, "resolution": {"sdxl": [512, 768]}, "calibration": ["a cup"],
+}  # fmt: skip
+
+
+def test_a_family_is_one_file(tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(grown(tmp_path)), json.dumps(DOMAIN)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("visits") == [1.0, 2 / 3]
+    assert found == {
+        "detected": ["toy", "model.diffusion_model."],
+        "plan": {"toy": ["svdquant_w4a4", "what toys are made of"], "other": ["keep", "the rest"]},
+        "sizes": [[512, 768], 192], "loras": 2, "called": "toy", "style": "tags", "usual": [9, 2.0],
+        "preset": "toy_turbo", "page": True,
+    }  # fmt: skip
