@@ -1,9 +1,13 @@
-"""A model family is one file: added to a copy of the pack, it is found by everything that asks about models."""
+"""Which model is which, and that a family is one file: added to a copy of the pack, everything that asks finds it."""
 
 import json
 import subprocess
 import sys
 
+import pytest
+from comfyui_nibble import families
+from comfyui_nibble.demo import parts
+from comfyui_nibble.families.spec import MAX_TOKENS
 from new_family import grown
 
 SCRIPT = """
@@ -55,3 +59,31 @@ def test_a_family_is_one_file(tmp_path):
         "sizes": [[512, 768], 192], "loras": 2, "called": "toy", "style": "tags", "usual": [9, 2.0],
         "preset": "toy_turbo", "page": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classes", "config", "id", "presets"),
+    [
+        (["FluxSchnell", "Flux", "BASE"], {}, "flux_schnell", "flux_schnell"),
+        (["SomebodysFlux", "Flux", "BASE"], {}, "flux", "flux"),
+        (["SD15"], {"context_dim": 768, "model_channels": 320}, "sd15", "sd15"),
+        (["SD15"], {"context_dim": 128, "model_channels": 64}, "demo", "sd15"),
+        (["UNet2DConditionModel"], parts.UNET, "demo", "sd15"),
+        (["UNet2DConditionModel"], parts.UNET | {"block_out_channels": [64, 128, 192]}, "demo", "sd15"),
+        (["UNet2DConditionModel"], {"cross_attention_dim": 1024}, "sd2", "sd2"),
+        (["UNet2DConditionModel"], {"cross_attention_dim": 2048, "addition_embed_type": "text_time"}, "sdxl", "sdxl"),
+        (["FluxTransformer2DModel"], {"guidance_embeds": True}, "flux", "flux"),
+        (["FluxTransformer2DModel"], {"guidance_embeds": False}, "flux_schnell", "flux_schnell"),
+        (["WAN21_T2V", "BASE"], {}, None, None),
+    ],
+)
+def test_variants_by_class_and_configuration(classes, config, id, presets):
+    found = families.variant(classes, config)
+    assert (found and found.id, families.presets_of(found)) == (id, presets)
+
+
+def test_what_variants_name_is_there():
+    for v in families.VARIANTS.values():
+        for other in filter(None, (v.sized_like, v.presets_of, v.loras_of)):
+            assert other in families.VARIANTS, v.id
+        assert v.ordinary_preset in ("", *families.PRESETS) and v.style in MAX_TOKENS
