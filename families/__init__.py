@@ -37,10 +37,10 @@ def detect(shapes: Shapes) -> tuple[FamilySpec, str]:
 
 def by_id(id: str) -> FamilySpec:
     """The family ``id``. Raises ValueError that lists what there is."""
-    for family in FAMILIES:
-        if family.id == id:
-            return family
-    raise ValueError(f"unknown family {id!r}; this version knows {', '.join(f.id for f in FAMILIES)}")
+    known = {family.id: family for family in FAMILIES}
+    if id not in known:
+        raise ValueError(f"unknown family {id!r}; this version knows {', '.join(known)}")
+    return known[id]
 
 
 def by_diffusers_class(name: str, config: Mapping) -> FamilySpec | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from .preset import HF, HYPER, Preset
 from .spec import (
@@ -23,6 +24,7 @@ from .spec import (
     Published,
     Rule,
     Variant,
+    block_pairs,
     in_blocks,
     layer_rules,
     renamed,
@@ -77,18 +79,23 @@ SINGLE = {
 }
 
 
-def key_rules(config: Mapping) -> list[KeyRule]:
-    """Native <- diffusers for a FluxTransformer2DModel ``config``."""
-    pairs = list(TOP.items())
-    for count, native, diffusers, table in (
-        (config.get("num_layers", 19), "double_blocks", "transformer_blocks", DOUBLE),
-        (config.get("num_single_layers", 38), "single_blocks", "single_transformer_blocks", SINGLE),
-    ):
-        for i in range(count):
-            for a, b in table.items():
-                names = (b,) if isinstance(b, str) else b
-                pairs.append((f"{native}.{i}.{a}", tuple(f"{diffusers}.{i}.{x}" for x in names)))
-    return layer_rules(pairs, swap=frozenset({"final_layer.adaLN_modulation.1"}))
+SWAPPED = "final_layer.adaLN_modulation.1"  # (scale, shift) there, (shift, scale) here
+DOUBLES = ("double_blocks.{}.", "transformer_blocks.{}.")
+SINGLES = ("single_blocks.{}.", "single_transformer_blocks.{}.")
+
+
+def key_rules(config: Mapping, top=TOP, double=DOUBLE, single=SINGLE, counts=(19, 38)) -> list[KeyRule]:
+    """Native <- diffusers for a FluxTransformer2DModel ``config``, or by FLUX.2's tables and its usual ``counts``."""
+    doubles = block_pairs(config.get("num_layers", counts[0]), *DOUBLES, double)
+    singles = block_pairs(config.get("num_single_layers", counts[1]), *SINGLES, single)
+    return layer_rules([*top.items(), *doubles, *singles], swap=frozenset({SWAPPED}))
+
+
+def places(names: Iterable[str], config: Mapping, top, double: list[Place], single: list[Place]) -> list[Place]:
+    """Those of ``top``, and in each block in ``names`` those of its kind."""
+    names = list(names)
+    doubles, singles = in_blocks(names, *DOUBLES[::-1], double), in_blocks(names, *SINGLES[::-1], single)
+    return [*renamed(top, swap=(SWAPPED,)), *doubles, *singles]
 
 
 def _double(image: bool) -> list[Place]:
@@ -120,24 +127,6 @@ def _single() -> list[Place]:
         Place((f"{p}norm_{a}",), (f"norm.{n}_norm",)) for p in ("", "attn.") for a, n in (("q", "query"), ("k", "key"))
     ]
     return [*out, Place(("norm.linear",), ("modulation.lin",), interleaved=3, plus_one=(1,))]
-
-
-def _nunchaku(names: Iterable[str], config: Mapping) -> list[Place]:
-    names = list(names)
-    return [
-        *renamed(TOP, swap=("final_layer.adaLN_modulation.1",)),
-        *in_blocks(names, "transformer_blocks.{}.", "double_blocks.{}.", [*_double(True), *_double(False)]),
-        *in_blocks(names, "single_transformer_blocks.{}.", "single_blocks.{}.", _single()),
-    ]
-
-
-def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
-    names = list(names)
-    return [
-        *renamed(TOP, swap=("final_layer.adaLN_modulation.1",)),
-        *in_blocks(names, "transformer_blocks.{}.", "double_blocks.{}.", renamed(DOUBLE)),
-        *in_blocks(names, "single_transformer_blocks.{}.", "single_blocks.{}.", renamed(SINGLE)),
-    ]
 
 
 def inputs(config: Mapping) -> dict[str, tuple[int, ...]]:
@@ -183,13 +172,13 @@ FAMILY = FamilySpec(
         Published(
             "nunchaku",
             (r"transformer_blocks\.0\.(qkv_proj|attn\.to_qkv)\.qweight", r"single_transformer_blocks\.0\..*"),
-            _nunchaku,
+            partial(places, top=TOP, double=[*_double(True), *_double(False)], single=_single()),
             others="none",
         ),
         Published(
             "diffusers",
             (r"transformer_blocks\.0\.attn\.add_q_proj\..*", r"single_transformer_blocks\.0\.attn\.to_q\..*"),
-            _diffusers,
+            partial(places, top=TOP, double=renamed(DOUBLE), single=renamed(SINGLE)),
             others="none",
         ),
     ),

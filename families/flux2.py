@@ -4,12 +4,12 @@ layer reads a GELU; no layer has a bias; and one modulation serves all blocks of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 
-from .flux import inputs
+from . import flux
 from .preset import TEMPLATES, Preset
-from .spec import KEEP, SVDQUANT, FamilySpec, KeyRule, Place, Published, Rule, Variant, in_blocks, layer_rules, renamed
+from .spec import KEEP, SVDQUANT, FamilySpec, Published, Rule, Variant, renamed
 
 RULES = (
     # 2 to 4 % of the weights, read once a step for one row. In 4 bits they add half as much error to the picture as all
@@ -55,31 +55,6 @@ SINGLE = {
     "norm.query_norm": "attn.norm_q",
     "norm.key_norm": "attn.norm_k",
 }
-SWAPPED = "final_layer.adaLN_modulation.1"  # (scale, shift) there, (shift, scale) here
-
-
-def key_rules(config: Mapping) -> list[KeyRule]:
-    """Native <- diffusers for a Flux2Transformer2DModel ``config``."""
-    pairs = list(TOP.items())
-    for count, native, diffusers, table in (
-        (config.get("num_layers", 8), "double_blocks", "transformer_blocks", DOUBLE),
-        (config.get("num_single_layers", 48), "single_blocks", "single_transformer_blocks", SINGLE),
-    ):
-        for i in range(count):
-            for a, b in table.items():
-                names = (b,) if isinstance(b, str) else b
-                pairs.append((f"{native}.{i}.{a}", tuple(f"{diffusers}.{i}.{x}" for x in names)))
-    return layer_rules(pairs, swap=frozenset({SWAPPED}))
-
-
-def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
-    names = list(names)
-    return [
-        *renamed(TOP, swap=(SWAPPED,)),
-        *in_blocks(names, "transformer_blocks.{}.", "double_blocks.{}.", renamed(DOUBLE)),
-        *in_blocks(names, "single_transformer_blocks.{}.", "single_blocks.{}.", renamed(SINGLE)),
-    ]
-
 
 KLEIN = Preset(
     id="flux2_klein", title="FLUX.2-klein 4B and 9B", family="flux2", prediction="flow", schedule="flux2", steps=4,
@@ -109,7 +84,7 @@ FAMILY = FamilySpec(
     ),
     rules=RULES,
     diffusers_class="Flux2Transformer2DModel",
-    key_rules=key_rules,
+    key_rules=partial(flux.key_rules, top=TOP, double=DOUBLE, single=SINGLE, counts=(8, 48)),
     published=(
         Published(
             "diffusers",
@@ -117,12 +92,12 @@ FAMILY = FamilySpec(
                 r"transformer_blocks\.0\.attn\.add_q_proj\..*",
                 r"single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj\..*",
             ),
-            _diffusers,
+            partial(flux.places, top=TOP, double=renamed(DOUBLE), single=renamed(SINGLE)),
             others="none",
         ),
     ),
     module="Flux",
-    inputs=inputs,
+    inputs=flux.inputs,
     variants=(
         Variant(
             id="flux2",

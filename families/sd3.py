@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from .preset import HYPER, Preset
-from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, KeyRule, Rule, Variant, layer_rules
+from .spec import AWQ, KEEP, SVDQUANT, FamilySpec, KeyRule, Rule, Variant, block_pairs, layer_rules
 
 GELU = "reads a GELU"  # its tanh form, in ComfyUI's class as in diffusers'
 RULES = (
@@ -54,16 +54,12 @@ TEXT = {
 
 def key_rules(config: Mapping) -> list[KeyRule]:
     """Native <- diffusers for an SD3Transformer2DModel ``config``."""
-    pairs = list(TOP.items())
     layers = config.get("num_layers", 18)
-    for i in range(layers):
-        for half, table in (("x_block", IMAGE), ("context_block", TEXT)):
-            for a, b in table.items():
-                names = (b,) if isinstance(b, str) else b
-                pairs.append((f"joint_blocks.{i}.{half}.{a}", tuple(f"transformer_blocks.{i}.{x}" for x in names)))
+    halves = {f"x_block.{a}": b for a, b in IMAGE.items()} | {f"context_block.{a}": b for a, b in TEXT.items()}
+    pairs = block_pairs(layers, "joint_blocks.{}.", "transformer_blocks.{}.", halves)
     # The last block's text half ends in a plain (scale, shift) norm, as the final layer does.
     last = f"joint_blocks.{layers - 1}.context_block.adaLN_modulation.1"
-    out = layer_rules(pairs, swap=frozenset({"final_layer.adaLN_modulation.1", last}))
+    out = layer_rules([*TOP.items(), *pairs], swap=frozenset({"final_layer.adaLN_modulation.1", last}))
     return [*out, KeyRule("pos_embed", ("pos_embed.pos_embed",))]
 
 

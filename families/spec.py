@@ -116,6 +116,12 @@ def in_blocks(names: Iterable[str], source: str, native: str, table: Iterable[Pl
     ]
 
 
+def block_pairs(count: int, native: str, source: str, table: Mapping) -> list[tuple[str, tuple[str, ...]]]:
+    """``table`` of native -> diffusers layer or layers, ``count`` times. Prefixes as for `in_blocks`."""
+    rows = [(a, (b,) if isinstance(b, str) else b) for a, b in table.items()]
+    return [(native.format(i) + a, tuple(source.format(i) + x for x in b)) for i in range(count) for a, b in rows]
+
+
 def renamed(table: Mapping[str, str | tuple[str, ...]], swap: Iterable[str] = ()) -> list[Place]:
     """Places for a table of native -> source or sources (rows), as the families keep them for diffusers."""
     rows = ((native, (s,) if isinstance(s, str) else s) for native, s in table.items())

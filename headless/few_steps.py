@@ -12,7 +12,7 @@ from ..checkpoints.errors import CheckpointError
 from ..families.preset import Preset
 from ..families.spec import DEFAULT_RUN, Variant
 from ..lora import peft
-from ..sampling import detect, levels, presets
+from ..sampling import detect, presets, schedules
 from . import pipeline
 
 NONE = "none"
@@ -113,7 +113,7 @@ def sampling(match: detect.Match | None, ordinarily: tuple[int, float], steps: i
         return Sampling(None, steps or ordinarily[0], ordinarily[1] if cfg is None else cfg, guidance)
     row = match.preset
     chosen = steps or (0 if row.fixed else match.steps) or row.steps
-    levels.visits(row, chosen)  # refuses a run that the preset does not have
+    schedules.visits(row, chosen)  # refuses a run that the preset does not have
     built_in = row.guidance if row.omega is None else row.omega
     scale = row.cfg_for(chosen) if cfg is None else cfg
     notes = [f"preset {row.id}, {match.why}: {presets.summary(row, chosen)}"]
@@ -135,7 +135,8 @@ def set_up(pipe, plan: Sampling, denoise: float, size: tuple[int, int]) -> None:
     if plan.row is not None:
         from . import schedulers
 
-        pipe.scheduler = schedulers.scheduler(plan.row, levels.visits(plan.row, plan.steps, denoise, size), own.config)
+        visits = schedules.visits(plan.row, plan.steps, denoise, size)
+        pipe.scheduler = schedulers.scheduler(plan.row, visits, own.config)
     if hasattr(pipe, "get_timesteps"):
         pipe.get_timesteps = lambda *_, **__: _last(pipe.scheduler, plan.steps)
 

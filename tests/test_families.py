@@ -22,7 +22,7 @@ from grown import families
 from grown.headless import draw, few_steps
 from grown.prompts import expand, schema
 from grown.quant.policy import plan
-from grown.sampling import detect, levels, presets
+from grown.sampling import detect, presets, schedules
 
 family, prefix = families.detect({"model.diffusion_model.toy.weight": (64, 64)})
 plans = plan({"toy": (64, 64), "other": (64, 64)}, family.rules, 8)
@@ -34,7 +34,7 @@ print(json.dumps({
     "detected": [family.id, prefix], "plan": {n: [p.scheme, p.reason] for n, p in plans.items()},
     "sizes": [domain.size("toy"), families.SIDES["toy"]], "loras": len(expand.loras(domain, "toy", {})),
     "called": few_steps.of_domain(pipe), "style": draw.style_of(pipe), "usual": few_steps.usual(pipe),
-    "preset": match.preset.id, "visits": levels.visits(match.preset), "page": "`toy_turbo`" in presets.page(),
+    "preset": match.preset.id, "visits": schedules.visits(match.preset), "page": "`toy_turbo`" in presets.page(),
 }))
 """
 DOMAIN = {

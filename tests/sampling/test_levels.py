@@ -2,8 +2,8 @@
 
 import pytest
 from comfyui_nibble.families import PRESETS
-from comfyui_nibble.sampling.levels import flux2_shift, size_shift, visits
 from comfyui_nibble.sampling.presets import preset
+from comfyui_nibble.sampling.schedules import flux2_shift, size_shift, visits
 
 
 @pytest.mark.parametrize("id", PRESETS)
