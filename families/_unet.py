@@ -118,6 +118,11 @@ def places(names: Iterable[str], config: Mapping) -> list[Place]:
     return out
 
 
+def lora_mark(width: int, title: str) -> tuple[str, tuple[str, int, int], str]:
+    """By the ``width`` of the text."""
+    return r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, width), title
+
+
 def inputs(config: Mapping) -> dict[str, tuple[int, ...]]:
     y = {"y": (config["adm_in_channels"],)} if config.get("adm_in_channels") else {}
     return {"context": (MAX_TOKENS[TAGS], config["context_dim"]), **y}

@@ -182,6 +182,7 @@ FAMILY = FamilySpec(
             others="none",
         ),
     ),
+    lora_marks=((r"double_blocks_|single_transformer_blocks_|single_blocks_", None, "FLUX.1"),),
     module="Flux",
     inputs=inputs,
     variants=(

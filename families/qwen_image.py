@@ -62,6 +62,7 @@ FAMILY = FamilySpec(
             _nunchaku,
         ),
     ),
+    lora_marks=((r"transformer_blocks_\d+_(img|txt)_m(od|lp)", None, "Qwen-Image"),),
     variants=(
         Variant(
             id="qwen_image",

@@ -12,6 +12,7 @@ FAMILY = FamilySpec(
     diffusers_class="UNet2DConditionModel",
     key_rules=_unet.key_rules,
     side_dtype="float16",
+    lora_marks=(_unet.lora_mark(768, "SD1.5-class UNet"), _unet.lora_mark(1024, "SD2-class UNet")),
     module="UNetModel",
     inputs=_unet.inputs,
     variants=(

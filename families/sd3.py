@@ -88,6 +88,7 @@ FAMILY = FamilySpec(
     rules=RULES,
     diffusers_class="SD3Transformer2DModel",
     key_rules=key_rules,
+    lora_marks=((r"joint_blocks_", None, "Stable Diffusion 3"),),
     module="OpenAISignatureMMDITWrapper",
     inputs=inputs,
     variants=(

@@ -38,6 +38,7 @@ FAMILY = FamilySpec(
             others="none",
         ),
     ),
+    lora_marks=(_unet.lora_mark(2048, "SDXL UNet"),),
     module="UNetModel",
     inputs=_unet.inputs,
     variants=(

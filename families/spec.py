@@ -162,10 +162,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """``marks``: native names that only this family has, each with (dimension, size) or None for any shape.
+    """One family.
 
-    ``module``: ComfyUI's class of it. ``inputs``: its configuration -> shapes, without the batch, of what it takes
-    besides latent and time. ``unsupported``: why ComfyUI cannot run the family, where it cannot.
+    marks         native names that only this family has, each with (dimension, size) or None for any shape
+    lora_marks    (how a layer's canonical name in a LoRA begins, (role, dimension, size) of a factor or None, title)
+    module        ComfyUI's class; inputs: its configuration -> shapes, without the batch, of what it takes besides
+                  latent and time
+    unsupported   why ComfyUI cannot run the family, where it cannot
     """
 
     id: str
@@ -178,6 +181,7 @@ class FamilySpec:
     side_dtype: str = "bfloat16"  # what scales and low-rank factors of a 32-bit source are stored in
     published: tuple[Published, ...] = ()  # other spellings of its names
     unsupported: str = ""
+    lora_marks: tuple[tuple[str, tuple[str, int, int] | None, str], ...] = ()
     module: str = ""
     inputs: Callable[[Mapping], dict[str, tuple[int, ...]]] | None = None
     variants: tuple[Variant, ...] = ()

@@ -57,6 +57,7 @@ FAMILY = FamilySpec(
         Published("nunchaku", (r"layers\.0\.attention\.to_qkv\.qweight", r"cap_embedder\.1\.weight"), _diffusers),
         Published("diffusers", (r"layers\.0\.attention\.to_q\..*", r"all_x_embedder\.2-1\.weight"), _diffusers),
     ),
+    lora_marks=((r"layers_\d+_(attention|feed_forward)", None, "Lumina or Z-Image"),),
     variants=(
         Variant(
             id="z_image",
