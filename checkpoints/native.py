@@ -78,7 +78,7 @@ def _naming(shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> Naming:
         return Naming(family, published.title, prefix, places, published.others == "none")
     family, prefix = detect(logical_shapes(shapes))
     known = by_diffusers_class(str(config.get("_class_name", "")), config)
-    if family is not GENERIC or known is None or known.key_rules is None:
+    if family is not GENERIC or known is None:
         return Naming(family, "native", prefix, ())
     _check_counts(config)
     rules = [r for r in known.key_rules(config) if not r.native.endswith(".bias")]

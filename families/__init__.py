@@ -44,9 +44,10 @@ def by_id(id: str) -> FamilySpec:
 
 
 def by_diffusers_class(name: str, config: Mapping) -> FamilySpec | None:
-    """The family of a diffusers model class and its config.json, or None."""
+    """The family with `key_rules` of a diffusers model class and its config.json, or None."""
     for family in reversed(FAMILIES):
-        if family.diffusers_class == name and all(config.get(k) == v for k, v in family.diffusers_config):
+        named = family.key_rules is not None and any(name in v.classes for v in family.variants)
+        if named and all(config.get(k) == v for k, v in family.diffusers_config):
             return family
     return None
 

@@ -166,7 +166,6 @@ FAMILY = FamilySpec(
     title="FLUX.1",
     marks=((r"double_blocks\.0\.img_attn\.qkv\.weight", None), (r"single_blocks\.0\.linear1\.weight", None)),
     rules=RULES,
-    diffusers_class="FluxTransformer2DModel",
     key_rules=key_rules,
     published=(
         Published(

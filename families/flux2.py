@@ -83,7 +83,6 @@ FAMILY = FamilySpec(
         (r"single_blocks\.0\.linear1\.weight", None),
     ),
     rules=RULES,
-    diffusers_class="Flux2Transformer2DModel",
     key_rules=partial(flux.key_rules, top=TOP, double=DOUBLE, single=SINGLE, counts=(8, 48)),
     published=(
         Published(

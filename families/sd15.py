@@ -9,7 +9,6 @@ FAMILY = FamilySpec(
     marks=((r"input_blocks\.0\.0\.weight", None), (r".*transformer_blocks\.0\.attn2\.to_k\.weight", None)),
     # Half of a small model's attention weights read the text: worth 4 bits, but few tokens, so weight-only.
     rules=_unet.rules(AWQ, "text key and value: few tokens"),
-    diffusers_class="UNet2DConditionModel",
     key_rules=_unet.key_rules,
     side_dtype="float16",
     lora_marks=(_unet.lora_mark(768, "SD1.5-class UNet"), _unet.lora_mark(1024, "SD2-class UNet")),

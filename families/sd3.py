@@ -86,7 +86,6 @@ FAMILY = FamilySpec(
     title="Stable Diffusion 3",
     marks=((r"joint_blocks\.0\.context_block\.attn\.qkv\.weight", None), (r"x_embedder\.proj\.weight", None)),
     rules=RULES,
-    diffusers_class="SD3Transformer2DModel",
     key_rules=key_rules,
     lora_marks=((r"joint_blocks_", None, "Stable Diffusion 3"),),
     module="OpenAISignatureMMDITWrapper",

@@ -26,7 +26,6 @@ FAMILY = FamilySpec(
         (r".*transformer_blocks\.0\.attn2\.to_k\.weight", (1, 2048)),
     ),
     rules=_unet.rules(KEEP, "text key and value: 77 tokens, no speed to win"),
-    diffusers_class="UNet2DConditionModel",
     diffusers_config=(("cross_attention_dim", 2048),),
     key_rules=_unet.key_rules,
     side_dtype="float16",

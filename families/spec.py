@@ -175,8 +175,7 @@ class FamilySpec:
     title: str
     marks: tuple[tuple[str, tuple[int, int] | None], ...]
     rules: tuple[Rule, ...]
-    diffusers_class: str = ""
-    diffusers_config: tuple[tuple[str, object], ...] = ()  # what its config.json must say besides
+    diffusers_config: tuple[tuple[str, object], ...] = ()  # what diffusers' config.json must say besides the class
     key_rules: Callable[[Mapping], list[KeyRule]] | None = None
     side_dtype: str = "bfloat16"  # what scales and low-rank factors of a 32-bit source are stored in
     published: tuple[Published, ...] = ()  # other spellings of its names

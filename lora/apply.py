@@ -80,7 +80,7 @@ def rules_of(module: nn.Module) -> list[KeyRule]:
     """The other spelling of a diffusers module's layers, from its family; none for a module that no family knows."""
     config = getattr(module, "config", None)
     family = by_diffusers_class(type(module).__name__, config) if hasattr(config, "get") else None
-    return [] if family is None or family.key_rules is None else family.key_rules(config)
+    return [] if family is None else family.key_rules(config)
 
 
 def layers_of(module: nn.Module, dimensions: int = 2) -> dict[str, nn.Module]:
