@@ -26,9 +26,11 @@ sys.path.insert(0, str(ROOT / "tests" / "quant" / "calib"))
 
 import layers as data  # noqa: E402
 import peers  # noqa: E402
+import published  # noqa: E402
 from comfyui_nibble.quant.calib import engine, presets  # noqa: E402
 from comfyui_nibble.quant.calib.solve import output_error  # noqa: E402
 
+presets.PRESETS.update(published.ROWS)  # the recipes to compare with join the table, in this process
 WHERE = ("in domain", "out of domain")
 DEMO_ROWS = (
     ("nearest", 0),

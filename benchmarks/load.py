@@ -110,7 +110,7 @@ def sdxl(scale: float) -> dict:
     below 1.
     """
     import torch
-    from comfyui_nibble.checkpoints.families import by_diffusers_class
+    from comfyui_nibble.families import by_diffusers_class
     from diffusers import UNet2DConditionModel
 
     config = dict(

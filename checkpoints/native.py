@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..families import GENERIC, by_diffusers_class, detect, detect_published
+from ..families.spec import FamilySpec, Place
 from ..quant import parts
 from .errors import CheckpointError
-from .families import GENERIC, FamilySpec, Place, by_diffusers_class, detect, detect_published
 from .formats import nunchaku
 from .formats.stored import StoredLayer
 
@@ -77,7 +78,7 @@ def _naming(shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> Naming:
         return Naming(family, published.title, prefix, places, published.others == "none")
     family, prefix = detect(logical_shapes(shapes))
     known = by_diffusers_class(str(config.get("_class_name", "")), config)
-    if family is not GENERIC or known is None or known.key_rules is None:
+    if family is not GENERIC or known is None:
         return Naming(family, "native", prefix, ())
     _check_counts(config)
     rules = [r for r in known.key_rules(config) if not r.native.endswith(".bias")]

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..families.spec import Place
 from ..quant.parts import ROWS
 from . import folder, header, lazy, load, marks, native, quantized
-from .families import Place
 from .formats import bnb, comfy_quant, gguf
 from .formats.stored import StoredLayer
 from .load import Checkpoint

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import families
 from ..quant import parts
 from ..quant.modules import blank, quantize_weight
 from ..quant.nvfp4_lowrank import NVFP4LowRankWeight
@@ -22,7 +23,7 @@ from ..quant.svdquant import SVDQuantWeight
 from ..quant.weight_only import WeightOnly
 from ..writing.room import check_room
 from ..writing.tensors import Entry, entries, nbytes
-from . import families, folder, header, lazy, logical, pieces, quantized, save
+from . import folder, header, lazy, logical, pieces, quantized, save
 from .convert import NAMES
 from .errors import CheckpointError
 from .formats import comfy_quant, gguf

@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..families import by_diffusers_class, detect
+from ..families.spec import FamilySpec, KeyRule
 from . import folder, header, load, quantized
 from .errors import CheckpointError
-from .families import FamilySpec, KeyRule, by_diffusers_class, detect
 from .formats import comfy_quant
 from .lazy import LazyTensors
 
@@ -116,8 +117,7 @@ def _format(files: list[Path], layer: str) -> str:
 
 def _known(config: Mapping) -> FamilySpec | None:
     """The family of a diffusers config whose names this version knows."""
-    family = by_diffusers_class(str(config.get("_class_name", "")), config)
-    return None if family is None or family.key_rules is None else family
+    return by_diffusers_class(str(config.get("_class_name", "")), config)
 
 
 def _from_folder(path: Path, files: list[Path] | None = None) -> Source:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 
 from .. import demo as shipped
+from ..families import PRESETS, SIDES
 from ..lora.apply import apply
 from ..lora.read import read_file
 from ..prompts import expand, sets, text
-from ..prompts.spec import AUTO, PROSE, SIDES, TAGS, Domain
+from ..prompts.spec import AUTO, PROSE, TAGS, Domain
 from ..reading.names import shown
 from ..sampling.detect import Match
-from ..sampling.presets import PRESETS
 from ..sampling.schedules import total_of
 from ..writing import whole
 from ..writing.room import check_room
@@ -176,10 +176,11 @@ def expanded(texts: list[str], seed: int, domain: Domain, pipe, loras: list[str]
 
 
 def style_of(pipe) -> str:
-    """tags for CLIPs alone, prose for an encoder that reads sentences, auto without any: as the nodes' clip input."""
+    """tags for CLIPs alone, prose for an encoder that reads sentences; without any, what is usual for the model."""
     kinds = [type(part).__name__ for name, part in pipe.components.items() if name.startswith("text_encoder") and part]
     if not kinds:
-        return AUTO
+        found = few_steps.variant(pipe)
+        return found.style if found else AUTO
     return TAGS if all(kind.startswith("CLIPText") for kind in kinds) else PROSE
 
 

@@ -6,26 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import families
 from ..checkpoints import header
 from ..checkpoints.errors import CheckpointError
-from ..demo import parts
+from ..families.preset import Preset
+from ..families.spec import DEFAULT_RUN, Variant
 from ..lora import peft
-from ..sampling import detect, levels, ordinary, table
-from ..sampling.preset import FAMILIES, Preset
-from ..sampling.presets import of_family
+from ..sampling import detect, presets, schedules
 from . import pipeline
 
 NONE = "none"
 CHOICES = (detect.AUTO, NONE)  # besides the table's ids
-# diffusers' denoisers -> families of the table; UNets and FLUX.1 are told apart by their configuration
-FAMILY_OF = {
-    "SD3Transformer2DModel": "sd3",
-    "Flux2Transformer2DModel": "flux2",
-    "QwenImageTransformer2DModel": "qwen_image",
-    "ZImageTransformer2DModel": "z_image",
-    "Krea2Transformer2DModel": "krea2",
-    "ErnieImageTransformer2DModel": "ernie",
-}
 DEMO = "demo"
 
 
@@ -43,25 +34,21 @@ class Sampling:
     match: detect.Match | None = None
 
 
-def family(pipe) -> str | None:
-    """The family of the pipeline's denoiser in the table; None for one without presets. The demo model is an sd15."""
+def variant(pipe) -> Variant | None:
+    """What people call the pipeline's denoiser, by its class and configuration; None for one that no family names."""
     module = pipeline.denoiser(pipe)
-    name, config = type(module).__name__, module.config
-    if name == "UNet2DConditionModel":
-        if config.get("addition_embed_type") == "text_time":
-            return "sdxl"
-        return "sd2" if config.get("cross_attention_dim") == 1024 else "sd15"
-    if name == "FluxTransformer2DModel":
-        return "flux" if config.get("guidance_embeds") else "flux_schnell"
-    return FAMILY_OF.get(name)
+    return families.variant([type(module).__name__], module.config)
+
+
+def family(pipe) -> str | None:
+    """Whose presets are the pipeline's; None for one without presets."""
+    return families.presets_of(variant(pipe))
 
 
 def of_domain(pipe) -> str | None:
-    """The family as domains name it: the demo model is one of its own."""
-    config = pipeline.denoiser(pipe).config
-    own = parts.UNET["cross_attention_dim"], parts.UNET["block_out_channels"][0]
-    here = config.get("cross_attention_dim"), (config.get("block_out_channels") or (0,))[0]
-    return DEMO if here == own else family(pipe)
+    """The variant's id, as domains name it."""
+    found = variant(pipe)
+    return found.id if found else None
 
 
 def file_of(path: Path, strength: float | None = None) -> detect.File:
@@ -91,10 +78,10 @@ def distillation(known: detect.Facts) -> detect.Match | None:
 
 def lcm_row(known: detect.Facts) -> Preset:
     """The preset of an LCM-LoRA. Raises ValueError for a family that has none."""
-    for row in of_family(known.family or ""):
+    for row in presets.of_family(known.family or ""):
         if row.prediction == "lcm" and row.omega is None:
             return row
-    what = FAMILIES.get(known.family, known.class_name)
+    what = families.TITLES.get(known.family, known.class_name)
     raise ValueError(f"--lcm: there is no LCM for {what}. Leave it out, or choose a --preset")
 
 
@@ -111,9 +98,10 @@ def match_of(choice: str, known: detect.Facts) -> detect.Match | None:
 
 def usual(pipe) -> tuple[int, float]:
     """(steps, cfg) of a model that is not distilled: its family's, or what diffusers takes its pipeline for."""
-    known = of_domain(pipe)
-    _, _, steps, cfg = ordinary.run(known)
-    return steps, cfg if known in ordinary.RUNS else pipeline.own_cfg(pipe)
+    found = variant(pipe)
+    run = found.ordinary if found else None
+    _, _, steps, cfg = run or DEFAULT_RUN
+    return steps, cfg if run else pipeline.own_cfg(pipe)
 
 
 def sampling(match: detect.Match | None, ordinarily: tuple[int, float], steps: int | None, cfg: float | None,
@@ -125,10 +113,10 @@ def sampling(match: detect.Match | None, ordinarily: tuple[int, float], steps: i
         return Sampling(None, steps or ordinarily[0], ordinarily[1] if cfg is None else cfg, guidance)
     row = match.preset
     chosen = steps or (0 if row.fixed else match.steps) or row.steps
-    levels.visits(row, chosen)  # refuses a run that the preset does not have
+    schedules.visits(row, chosen)  # refuses a run that the preset does not have
     built_in = row.guidance if row.omega is None else row.omega
     scale = row.cfg_for(chosen) if cfg is None else cfg
-    notes = [f"preset {row.id}, {match.why}: {table.summary(row, chosen)}"]
+    notes = [f"preset {row.id}, {match.why}: {presets.summary(row, chosen)}"]
     if row.sampler == "res_multistep":
         notes.append("sampled by euler, as the model's makers do; res_multistep is ComfyUI's own")
     file = match.file
@@ -147,7 +135,8 @@ def set_up(pipe, plan: Sampling, denoise: float, size: tuple[int, int]) -> None:
     if plan.row is not None:
         from . import schedulers
 
-        pipe.scheduler = schedulers.scheduler(plan.row, levels.visits(plan.row, plan.steps, denoise, size), own.config)
+        visits = schedules.visits(plan.row, plan.steps, denoise, size)
+        pipe.scheduler = schedulers.scheduler(plan.row, visits, own.config)
     if hasattr(pipe, "get_timesteps"):
         pipe.get_timesteps = lambda *_, **__: _last(pipe.scheduler, plan.steps)
 

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from ..checkpoints.errors import CheckpointError
-from ..checkpoints.families import FamilySpec, KeyRule, by_diffusers_class
 from ..checkpoints.formats.comfy_quant import take_core
 from ..checkpoints.formats.core_quant import StoredCore
 from ..checkpoints.load import load
+from ..families import by_diffusers_class
+from ..families.spec import FamilySpec, KeyRule
 from ..quant import kernels
 from ..quant.modules import install, linear_shapes, quantize_module
 from ..quant.parts import dequantize, take_rows

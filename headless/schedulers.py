@@ -20,7 +20,7 @@ from diffusers import (
 )
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
-from ..sampling.preset import Preset
+from ..families.preset import Preset
 from ..sampling.samplers import perflow_velocity
 from ..sampling.schedules import TRAIN
 
@@ -37,7 +37,7 @@ KINDS = {
 
 
 def scheduler(row: Preset, visits: Sequence[float], own: Mapping):
-    """A diffusers scheduler that samples as ``row`` says and visits ``visits`` (see `sampling.levels`).
+    """A diffusers scheduler that samples as ``row`` says and visits ``visits`` (see `sampling.schedules`).
 
     ``own``: the configuration of the pipeline's scheduler, which knows the noise that the model was trained with.
     Raises ValueError for another number of noise levels than 1000.

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.families import KeyRule, by_diffusers_class
+from ..families import by_diffusers_class
+from ..families.spec import KeyRule
 from ..quant import kernels
 from .keys import parse, unread
 from .names import MODEL, TEXT, Index, Slot, index, place
@@ -79,7 +80,7 @@ def rules_of(module: nn.Module) -> list[KeyRule]:
     """The other spelling of a diffusers module's layers, from its family; none for a module that no family knows."""
     config = getattr(module, "config", None)
     family = by_diffusers_class(type(module).__name__, config) if hasattr(config, "get") else None
-    return [] if family is None or family.key_rules is None else family.key_rules(config)
+    return [] if family is None else family.key_rules(config)
 
 
 def layers_of(module: nn.Module, dimensions: int = 2) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ..checkpoints.families import KeyRule
+from ..families.spec import KeyRule
 
 MODEL, TEXT, EITHER = "model", "text encoder", ""
 # prefix -> part. PEFT's own prefix says nothing about the part.

@@ -8,23 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ..families import FAMILIES
 from .keys import kind_of, unread
 from .names import MODEL, TEXT, place
 from .read import group
 from .status import APPLIED, STATUSES
 
 SHOWN = 6  # names of each status that the text lists
-# What a file is for, by its layers' names: (pattern of a canonical name, (role, dimension, size) or None, title)
+# What a file is for where no family's `lora_marks` say it
 MARKS = (
-    (r"double_blocks_|single_transformer_blocks_|single_blocks_", None, "FLUX.1"),
-    (r"joint_blocks_", None, "Stable Diffusion 3"),
     (r"transformer_blocks_\d+_(norm1_context|attn_add_|ff_context)", None, "Stable Diffusion 3 or FLUX.1"),
-    (r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, 768), "SD1.5-class UNet"),
-    (r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, 1024), "SD2-class UNet"),
-    (r"(input|output|down|up|mid|middle)_block\w*_attn2_to_[kv]$", ("down", 1, 2048), "SDXL UNet"),
     (r"(input|output|down|up|mid|middle)_block", None, "a UNet (SD1.x, SD2.x or SDXL)"),
-    (r"layers_\d+_(attention|feed_forward)", None, "Lumina or Z-Image"),
-    (r"transformer_blocks_\d+_(img|txt)_m(od|lp)", None, "Qwen-Image"),
     (r"blocks_\d+_(self_attn|cross_attn|ffn)", None, "Wan or another video transformer"),
 )
 
@@ -116,7 +110,7 @@ def describe(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, dict[str, int]
 def family_of(targets: Mapping[str, Mapping[str, str]], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """What model the names and shapes look like, in words."""
     places = {target: place(target) for target in targets}
-    for pattern, size, title in MARKS:
+    for pattern, size, title in (*(mark for family in FAMILIES for mark in family.lora_marks), *MARKS):
         regex = re.compile(pattern)
         for target, spot in places.items():
             if spot.part == MODEL and regex.match(spot.name) and _has(targets[target], shapes, size):

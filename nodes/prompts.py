@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..families import SIDES
 from ..prompts import record
-from ..prompts.spec import AUTO, PROSE, SIDES, TAGS
+from ..prompts.spec import AUTO, PROSE, TAGS
 from .bridge import domain_run, prompts, sampling
 
 CATEGORY = "Nibble/prompts"

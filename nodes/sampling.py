@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..families import PRESETS
+from ..families.preset import PERFLOW
 from ..sampling.detect import AUTO
-from ..sampling.preset import PERFLOW
-from ..sampling.presets import PRESETS
 from . import files
 from .bridge import model_sampling, sampling, straightness
 

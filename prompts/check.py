@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..families.spec import MAX_TOKENS
 from . import batch, tokens
 from . import text as texts
-from .spec import MAX_TOKENS, STYLES, Domain
+from .spec import STYLES, Domain
 
 FEW_SUBJECTS = 20
 

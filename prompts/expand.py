@@ -11,11 +11,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
+from ..families import VARIANTS
+from ..families.spec import MAX_TOKENS
 from ..reading import textfile
 from . import draw, tokens
 from . import text as texts
 from .reader import DomainError
-from .spec import AUTO, LORAS_OF, MAX_TOKENS, STYLES, SUBJECT, TAGS, TRIGGER, Choice, Domain, Lora, Part, Slot, When
+from .spec import AUTO, STYLES, SUBJECT, TAGS, TRIGGER, Choice, Domain, Lora, Part, Slot, When
 
 MAX_SUBJECT, MAX_PROMPT, MAX_OVERRIDES = 2000, 8000, 40
 Chosen = dict[str, "Choice | None"]
@@ -198,7 +200,7 @@ def parse_overrides(lines: str) -> dict[str, str]:
 
 def loras(domain: Domain, family: str, chosen: Mapping[str, str]) -> list[Lora]:
     """The domain's LoRAs for ``family`` that suit what was ``chosen`` (`Prompt.chosen`)."""
-    families = (family, LORAS_OF.get(family, family))
+    families = (family, VARIANTS[family].loras_of) if family in VARIANTS else ()
     return [
         lora for lora in domain.loras
         if lora.family in families and all(chosen.get(c.slot, "") in c.names for c in lora.when)

@@ -19,16 +19,17 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+from ..families import SIDES
 from . import text as texts
-from .order import ordered
 from .reader import DomainError
-from .spec import GIVEN, PROSE, SIDES, STYLES, Choice, Condition, Domain, Lora, Part, Slot, When
+from .spec import GIVEN, PROSE, STYLES, Choice, Condition, Domain, Lora, Part, Slot, When
 
 ID = re.compile(r"[a-z][a-z0-9-]{0,59}@[1-9][0-9]{0,3}")
 LIST = PRESET = re.compile(r"[a-z0-9][a-z0-9_.-]{0,59}")
 FILE = re.compile(r"[^./\\:*?\"<>|\x00-\x1f][^/\\:*?\"<>|\x00-\x1f]{0,150}\.safetensors")
 LINK = re.compile(r"https://(huggingface\.co|civitai\.com)/[\w./?=&%-]{1,200}|shipped")
 WHERE = "a https link to huggingface.co or civitai.com"
+MAX_DEPTH = 6  # slots that look at slots that look at slots ...
 MAX_TEXT, MAX_PARTS, MAX_SLOTS, MAX_CHOICES, MAX_SUBJECTS = 600, 40, 40, 2000, 1000
 KEYS = {"id", "title", "description", "style", "example", *STYLES, "slots", "loras", "presets", "resolution",
         "calibration", "based_on"}  # fmt: skip
@@ -256,3 +257,32 @@ def _mapping(value, at: str, allowed: set[str] | None = None, limit: int = 100) 
     if unknown:
         raise DomainError(f"{at}: unknown key {str(unknown[0])[:40]!r}; known are {', '.join(sorted(allowed))}")
     return value
+
+
+def needs(slot: Slot) -> list[str]:
+    """The slots that must be known before ``slot``, each once."""
+    found = [c.slot for c in slot.when]
+    for choice in slot.choices:
+        found += [c.slot for c in choice.when]
+        found += [name for style in STYLES for name in texts.marks(choice.texts[style])]
+    return list(dict.fromkeys(found))
+
+
+def ordered(slots: Mapping[str, Slot]) -> tuple[str, ...]:
+    """All slots, dependencies first, else as in the file. Raises DomainError naming a circle or a chain too long."""
+    depth: dict[str, int] = {}
+
+    def visit(name: str, chain: tuple[str, ...]) -> int:
+        if name in chain:
+            raise DomainError(f"slots.{name}: goes in a circle: {' -> '.join((*chain, name))}")
+        if len(chain) >= MAX_DEPTH:
+            raise DomainError(f"slots.{chain[0]}: more than {MAX_DEPTH} slots deep: {' -> '.join((*chain, name))}")
+        if name not in depth:
+            below = [visit(other, (*chain, name)) for other in needs(slots[name]) if other in slots]
+            depth[name] = 1 + max(below, default=0)
+        return depth[name]
+
+    for name in slots:
+        if visit(name, ()) > MAX_DEPTH:
+            raise DomainError(f"slots.{name}: more than {MAX_DEPTH} slots deep")
+    return tuple(sorted(slots, key=lambda n: depth[n]))

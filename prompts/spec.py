@@ -9,22 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..families import SIDES, VARIANTS
+from ..families.spec import PROSE, TAGS
 from .reader import DomainError
 from .text import Pieces
 
-PROSE, TAGS, AUTO = "prose", "tags", "auto"
+AUTO = "auto"
 STYLES = (PROSE, TAGS)
 SUBJECT, TRIGGER = "subject", "trigger"
 GIVEN = (SUBJECT, TRIGGER)  # marks that are no slots: the person's words, and those that a LoRA needs
-# Longest prompt an encoder reads, in CLIP tokens with both end marks; prose: half of T5's 512.
-MAX_TOKENS = {TAGS: 77, PROSE: 256}
-# model family -> side of its square picture; the names are those of sampling/preset.py, and the demo model's own
-SIDES = {"demo": 128, "sd15": 512, "sd2": 512, "sdxl": 1024, "sd3": 1024, "flux": 1024, "flux_schnell": 1024,
-         "flux2": 1024, "qwen_image": 1328, "z_image": 1024}  # fmt: skip
-# a family without a size of its own takes that of another, and flux_schnell also flux's LoRAs
-SIZED_LIKE = {"sd2": "sd15", "sd3": "sdxl", "flux": "sdxl", "flux_schnell": "flux", "flux2": "sdxl",
-              "qwen_image": "sdxl", "z_image": "sdxl"}  # fmt: skip
-LORAS_OF = {"flux_schnell": "flux"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +113,6 @@ class Domain:
         """(width, height) in pixels of a picture by a model of ``family``."""
         known = family
         while known and known not in self.resolution:
-            known = SIZED_LIKE.get(known, "")
+            known = VARIANTS[known].sized_like if known in VARIANTS else ""
         side = SIDES.get(family, 1024)
         return self.resolution[known] if known else (side, side)

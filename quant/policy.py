@@ -1,38 +1,13 @@
-"""Which layer gets which scheme, as data. Families write policies; the quantizer only follows them."""
+"""Which layer gets which scheme. Families write the rules (families/spec.py); here they are data, and followed."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import core_formats
-from .schemes import KEEP, SCHEMES, SVDQUANT, scheme
-
-
-@dataclass(frozen=True)
-class Rule:
-    """``pattern`` is searched in a layer's dotted name; the first rule of a policy that matches decides.
-
-    ``act_unsigned``: the layer reads a GELU. ``after``: what the match is replaced by to name the layer whose output
-    that GELU takes. Where that layer has more rows than this one has columns its output is gated, and the claim falls.
-    ``keeps_columns``: ComfyUI tells the model by the number of columns that this weight has in the file, so no format
-    that packs them may take it.
-    """
-
-    pattern: str
-    scheme: str
-    reason: str
-    act_unsigned: bool = False
-    after: str = ""
-    keeps_columns: bool = False
-
-    def __post_init__(self):
-        re.compile(self.pattern)
-        if self.scheme != KEEP:
-            scheme(self.scheme)
-        if self.act_unsigned and SCHEMES[self.scheme].act_bits != 4:
-            raise ValueError(f"rule {self.pattern!r}: only 4-bit activations can be unsigned")
+from .schemes import KEEP, SVDQUANT, scheme
 
 
 @dataclass(frozen=True)
@@ -46,8 +21,9 @@ class LayerPlan:
     keeps_columns: bool = False
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: int) -> dict[str, LayerPlan]:
-    """Every 2-D weight's plan. ``shapes``: layer name -> weight shape; a layer that no rule names stays as it is.
+def plan(shapes: Mapping[str, tuple[int, ...]], rules: Sequence, rank: int) -> dict[str, LayerPlan]:
+    """Every 2-D weight's plan by the first of ``rules`` (of a family) that names it. ``shapes``: layer name -> weight
+    shape; a layer that no rule names stays as it is.
 
     The rank is cut to what a small layer can use. Layers whose K the scheme cannot group stay 16-bit, with the reason.
     """
@@ -74,7 +50,7 @@ def plan(shapes: Mapping[str, tuple[int, ...]], rules: tuple[Rule, ...], rank: i
     return out
 
 
-def _gated(rule: Rule, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _gated(rule, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether the layer before ``name`` has another number of rows than ``name`` has columns."""
     before = shapes.get(re.sub(rule.pattern, rule.after, name)) if rule.after else None
     return before is not None and before[0] != shapes[name][1]

@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..families import PRESETS, TITLES
+from ..families.preset import Preset
 from . import distilled
-from .preset import FAMILIES, Preset
-from .presets import PRESETS, of_family, preset, require_family
+from .presets import of_family, preset, require_family
 
 AUTO = "auto"
 PRESET_KEY = "nibble.preset"  # metadata of files that this pack wrote
@@ -16,23 +17,6 @@ TITLE_KEYS = ("modelspec.title", "ss_output_name")
 GUIDANCE_KEY = "time_embedding.cond_proj.weight"  # a full LCM's guidance embedding, in diffusers' names
 MODEL_FILE = re.compile(r"\.(safetensors|sft|gguf|ckpt|pth?|bin)$", re.IGNORECASE)
 MAX_NODES = 10_000
-# ComfyUI's model configuration classes -> families; subclasses count as their base unless they have a row
-FAMILY_OF_CLASS = {
-    "SD15": "sd15",
-    "SD20": "sd2",
-    "SDXL": "sdxl",
-    "SD3": "sd3",
-    "FluxSchnell": "flux_schnell",
-    "Flux2": "flux2",
-    "Flux": "flux",
-    "QwenImage": "qwen_image",
-    "ZImage": "z_image",
-    "Krea2": "krea2",
-    "Lens": "lens",
-    "ErnieImage": "ernie",
-    "MageFlow": "mage_flow",
-    "Boogu": "boogu",
-}
 
 
 @dataclass(frozen=True)
@@ -65,11 +49,6 @@ class Match:
     file: File | None = None
 
 
-def family_of(class_names: list[str]) -> str | None:
-    """The family of a model configuration's classes, most derived first; None for one without presets."""
-    return next((FAMILY_OF_CLASS[n] for n in class_names if n in FAMILY_OF_CLASS), None)
-
-
 def upstream_files(prompt: Mapping, node: str, name: str = "model") -> list[File]:
     """Model files named above input ``name`` of ``node`` in an API-format prompt, nearest first.
 
@@ -97,7 +76,7 @@ def detect(facts: Facts) -> Match:
     if facts.family is None:
         raise ValueError(
             f"this model (class {facts.class_name}) is of a family without few-step presets: "
-            f"there are presets for {', '.join(FAMILIES.values())}. Use ComfyUI's own sampler nodes"
+            f"there are presets for {', '.join(TITLES.values())}. Use ComfyUI's own sampler nodes"
         )
     match = find(facts)
     if match is None:
@@ -212,6 +191,6 @@ def _nothing(facts: Facts) -> str:
     hint = " A distillation LoRA seems to be applied, but not under a name that says which." if facts.distilled else ""
     rows = ", ".join(p.id for p in of_family(facts.family))
     return (
-        f"no few-step preset was recognised for this {FAMILIES[facts.family]} model (looked at: {seen}).{hint} "
+        f"no few-step preset was recognised for this {TITLES[facts.family]} model (looked at: {seen}).{hint} "
         f"Choose one of: {rows}"
     )

@@ -1,6 +1,8 @@
 """Who may import whom inside the pack. The directions are the design; this walks every import statement."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ CORE = {
     "profiling",
     "metrics",
     "checkpoints",
+    "families",
     "quant",
     "demo",
     "reading",
@@ -28,21 +31,21 @@ ALLOWED = {
     "nodes": CORE,
     "headless": CORE,
     "training": {"lora", "sampling", "quant", "reading", "writing"},
-    "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
-    "checkpoints": {"quant", "writing"},
+    "lora": {"families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
+    "checkpoints": {"families", "quant", "writing"},
     "demo": {"metrics", "training", "adapters", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
+    "families": set(),
     "quant": set(),
-    "prompts": {"reading"},
-    "sampling": set(),
+    "prompts": {"families", "reading"},
+    "sampling": {"families"},
     "profiling": set(),
     "metrics": set(),
     "adapters": set(),
     "reading": set(),
     "writing": {"reading"},
 }
-# Inside checkpoints/: formats know bytes, families know names, and neither knows the other.
-APART = (("checkpoints.formats", "checkpoints.families"), ("checkpoints.families", "checkpoints.formats"))
+FORMATS = "checkpoints.formats"  # formats know bytes, families know names, and neither knows the other
 
 
 def sources() -> list[Path]:
@@ -86,9 +89,8 @@ def test_imports_run_one_way(path):
         elif top != home:
             assert any(within(target, area) for area in ALLOWED[home]), f"{home or 'root'} imports {target}"
     here = ".".join(module_of(path))
-    for one, other in APART:
-        if within(here, one):
-            assert not any(relative and within(t, other) for t, relative in imports(path)), f"{one} imports {other}"
+    if within(here, FORMATS):
+        assert not any(relative and within(t, "families") for t, relative in imports(path)), "a format imports families"
 
 
 def test_only_the_bridge_touches_internals():
@@ -113,3 +115,9 @@ def test_every_relative_import_exists():
                     or parent.with_suffix(".py").exists()
                     or (parent / "__init__.py").exists()
                 ), f"{path}: {target}"
+
+
+def test_families_need_no_torch():
+    """They are read for help texts and lists, before anything heavy is."""
+    code = "import sys, comfyui_nibble.families; raise SystemExit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=60).returncode == 0

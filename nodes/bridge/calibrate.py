@@ -14,7 +14,8 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from server import PromptServer
 
-from ...checkpoints import families, resume
+from ... import families
+from ...checkpoints import resume
 from ...checkpoints.lazy import Asked
 from ...checkpoints.save import record
 from ...quant import kernels

@@ -12,13 +12,13 @@ import comfy.samplers
 import torch
 
 from ... import demo
-from ...demo import parts
+from ...families import PRESETS
+from ...families.preset import Preset
+from ...families.spec import DEFAULT_RUN, Variant
 from ...lora.status import APPLIED
 from ...prompts import expand, record
 from ...prompts.spec import AUTO, Domain
-from ...sampling import detect, ordinary
-from ...sampling.preset import Preset
-from ...sampling.presets import PRESETS
+from ...sampling import detect
 from .. import files
 from . import lora as loras
 from . import prompts, sampling
@@ -69,7 +69,8 @@ class Plan:
 
 def run(model, clip, wish: Wish, graph: sampling.Graph, hidden) -> tuple:
     """(MODEL, positive, negative, SAMPLER, SIGMAS, LATENT, cfg, what was chosen) for ``wish``. Raises ValueError."""
-    family = family_of(model)
+    variant = sampling.variant_of(model)
+    family = variant.id if variant else None
     domain = prompts.find(wish.domain)
     style = prompts.style_of(clip) if wish.style == AUTO else wish.style
     first = prompts.one(wish.domain, wish.subject, wish.seed, style, wish.overrides)
@@ -86,7 +87,7 @@ def run(model, clip, wish: Wish, graph: sampling.Graph, hidden) -> tuple:
         plan.notes += [note] if note else []
     width, height = domain.size(family)
     size = (wish.width or width, wish.height or height)
-    model, sampler, sigmas, cfg, guidance = _sampling(plan, family, model, size, graph, wish)
+    model, sampler, sigmas, cfg, guidance = _sampling(plan, variant, model, size, graph, wish)
     applied_ones = [{"file": lora.name, "strength": lora.strength} for lora in plan.loras]
     more = {"choice": wish.domain, "family": family or "unknown", "size": list(size), "loras": applied_ones,
             "preset": plan.preset.id if plan.preset else "", "missing": plan.missing, "notes": plan.notes}  # fmt: skip
@@ -96,17 +97,6 @@ def run(model, clip, wish: Wish, graph: sampling.Graph, hidden) -> tuple:
         log.warning("%s: %s", wish.domain, sentence)
     positive, negative = (encoded(clip, t, guidance) for t in (prompt.positive, prompt.negative))
     return model, positive, negative, sampler, sigmas, empty(model, size, wish.batch), cfg, text
-
-
-def family_of(model) -> str | None:
-    """The model's family as presets and domains name it; the shipped demo model has one of its own."""
-    config = model.model.model_config
-    names = [c.__name__ for c in type(config).__mro__]
-    unet = config.unet_config
-    own = (parts.UNET["cross_attention_dim"], parts.UNET["block_out_channels"][0])
-    if (unet.get("context_dim"), unet.get("model_channels")) == own:
-        return "demo"
-    return detect.family_of(names)
 
 
 def find_lora(file: str) -> tuple[str, str] | None:
@@ -183,16 +173,18 @@ def applied(model, clip, lora: LoraFile):
     return model, clip, "" if said.whole else note
 
 
-def _sampling(plan: Plan, family: str | None, model, size: tuple[int, int], graph: sampling.Graph, wish: Wish) -> tuple:
+def _sampling(
+    plan: Plan, variant: Variant | None, model, size: tuple[int, int], graph: sampling.Graph, wish: Wish
+) -> tuple:
     """(MODEL, SAMPLER, SIGMAS, cfg, distilled guidance or None)"""
     row = plan.preset
-    if row is None and family == "flux":
-        row = PRESETS["flux_dev"]
+    if row is None and variant is not None:
+        row = PRESETS.get(variant.ordinary_preset)
     if row is not None:
         steps = wish.steps or plan.steps
         ready = sampling.prepare(model, sampling.Run(row.id, steps, wish.seed, 1.0), size, graph)
         return ready.model, ready.sampler, ready.sigmas, ready.cfg, ready.preset.guidance
-    name, scheduler, steps, cfg = ordinary.run(family)
+    name, scheduler, steps, cfg = (variant and variant.ordinary) or DEFAULT_RUN
     levels = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(levels, scheduler, wish.steps or steps).cpu()
     return model, comfy.samplers.sampler_object(name), sigmas, cfg, None

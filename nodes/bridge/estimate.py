@@ -10,7 +10,8 @@ import comfy.model_management
 import comfy.utils
 import torch
 
-from ...checkpoints import families, foreign, forms
+from ... import families
+from ...checkpoints import foreign, forms
 from ...checkpoints.inspect import inspect
 from ...profiling import calibrate, memory, weights, work
 from ...profiling import estimate as core
@@ -130,7 +131,8 @@ def known(subject: Subject, task: Task, models: Models, dtype: torch.dtype, devi
     """
     kind = model_profile.attention_kind() if device else work.FUSED
     simulated, activation, how = None, 0, ""
-    latent = (task.rows, 0, task.height // simulate.FACTOR, task.width // simulate.FACTOR)
+    factor = simulate.factor(subject.base)
+    latent = (task.rows, 0, task.height // factor, task.width // factor)
     if simulate.knows(subject.base):
         simulated = simulate.evaluation(subject.base, latent, dtype, kind)
     else:
@@ -147,7 +149,7 @@ def known(subject: Subject, task: Task, models: Models, dtype: torch.dtype, devi
     vae, decoding = w.vae, 0
     if models.vae is not None:
         vae = model_profile.module_bytes(models.vae.first_stage_model)
-        shape = (task.batch, models.vae.latent_channels, task.height // simulate.FACTOR, task.width // simulate.FACTOR)
+        shape = (task.batch, models.vae.latent_channels, *latent[2:])
         decoding = int(models.vae.memory_used_decode(shape, models.vae.vae_dtype))
     w = weights.Weights(**{**w.__dict__, "text": text, "vae": vae})
     return core.Known(w, simulated, constants, found, activation, how, decoding)

@@ -18,8 +18,8 @@ import torch
 from comfy.model_patcher import get_key_weight
 from torch import Tensor
 
-from ...checkpoints import families
-from ...checkpoints.families import KeyRule
+from ... import families
+from ...families.spec import KeyRule
 from ...lora import peft
 from ...lora.keys import comfyui_suffix, parse
 from ...lora.names import MODEL, TEXT, Index, Place, index, place

@@ -51,7 +51,7 @@ def measurements(key: Key, base) -> list[Measurement]:
         w = simulate.evaluation(base, shape, getattr(torch, key.dtype), key.attention, tokens)
         for s in samplings:
             seconds = s.seconds - s.load_seconds - s.warm_up + s.steady  # loading and warming up happen once
-            pixels = s.shape[0] * s.shape[2] * s.shape[3] * simulate.FACTOR**2
+            pixels = s.shape[0] * s.shape[2] * s.shape[3] * simulate.factor(base) ** 2
             out.append(Measurement(pixels, w.flops, w.live, s.activation, len(s.evaluations), seconds))
     return out
 

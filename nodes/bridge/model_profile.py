@@ -19,7 +19,7 @@ from comfy.ldm.modules import attention
 from comfy.patcher_extension import WrappersMP
 from comfy_execution.utils import get_executing_context
 
-from ...checkpoints import families
+from ... import families
 from ...profiling.report import Sampling
 from ...profiling.weights import DESCRIPTION
 from ...profiling.work import FUSED, MATRIX

@@ -16,11 +16,10 @@ from comfy_kitchen.tensor import QuantizedTensor
 from safetensors import safe_open
 
 from ...checkpoints import header
+from ...families.preset import Preset
 from ...quant import kernels
 from ...sampling.detect import GUIDANCE_KEY
-from ...sampling.guidance import omega_bias
-from ...sampling.preset import Preset
-from ...sampling.samplers import sample_perflow, sample_tcd
+from ...sampling.samplers import omega_bias, sample_perflow, sample_tcd
 from ...sampling.schedules import TRAIN, Plan
 
 FLUX_SHIFTS = (1.15, 0.5)  # FLUX.1's at 4096 and at 256 tokens; the model's authors' values

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import folder_paths
 
+from ...families import SIDES
 from ...prompts import bake, batch, expand, graph, record, schema
 from ...prompts import domain as domains
 from ...prompts.reader import DomainError
-from ...prompts.spec import AUTO, PROSE, SIDES, TAGS, Domain
+from ...prompts.spec import AUTO, PROSE, TAGS, Domain
 from ...reading import textfile
 from ...reading.names import shown
 from ...writing import whole

@@ -12,12 +12,14 @@ import torch
 from comfy_extras.nodes_custom_sampler import SamplerCustom
 from server import PromptServer
 
+from ... import families
 from ...checkpoints import header
 from ...checkpoints.errors import CheckpointError
+from ...families.preset import Preset
+from ...families.spec import Variant
 from ...reading.names import encodable
-from ...sampling import schedules, table
-from ...sampling.detect import GUIDANCE_KEY, Facts, File, Match, choose, family_of, upstream_files
-from ...sampling.preset import Preset
+from ...sampling import presets, schedules
+from ...sampling.detect import GUIDANCE_KEY, Facts, File, Match, choose, upstream_files
 from ..files import SAFETENSORS
 from . import model_sampling
 
@@ -88,15 +90,21 @@ def _with_header(file: File, path: str | None) -> File:
     return File(file.name, file.strength, head.metadata, keys)
 
 
+def variant_of(model) -> Variant | None:
+    """What people call the model, by ComfyUI's configuration of it; None for one that no family names."""
+    config = model.model.model_config
+    return families.variant([c.__name__ for c in type(config).__mro__], config.unet_config)
+
+
 def facts_of(model, files: list[File]) -> Facts:
     """What is known of a MODEL made of ``files``."""
-    names = [c.__name__ for c in type(model.model.model_config).__mro__]
     lora = model.get_attachment("lora_metadata")
     told = [File("the applied LoRA", metadata=lora)] if isinstance(lora, Mapping) else []
     if model.get_attachment(model_sampling.OMEGA) is not None:
         told.append(File("LCM Guidance", keys=frozenset({GUIDANCE_KEY})))
     distilled = any(k.startswith("diffusion_model.time_embed") for k in model.patches)
-    return Facts(family_of(names), names[0], (*files, *told), distilled)
+    name = type(model.model.model_config).__name__
+    return Facts(families.presets_of(variant_of(model)), name, (*files, *told), distilled)
 
 
 def prepare(model, run: Run, size: tuple[int, int], graph: Graph) -> Ready:
@@ -128,7 +136,7 @@ def _guidance_file(row: Preset, files: list[tuple[File, str | None]]) -> str:
 
 def _words(match: Match, steps: int, sigmas: torch.Tensor) -> str:
     row, file = match.preset, match.file
-    lines = [f"preset {row.id}: {match.why}", table.summary(row, steps)]
+    lines = [f"preset {row.id}: {match.why}", presets.summary(row, steps)]
     lines.append("sigmas: " + ", ".join(f"{s:.4g}" for s in sigmas.tolist()))
     if file is not None and file.strength is not None and row.lora and file.strength != row.lora_strength:
         lines.append(f"note: {file.name} is applied at {file.strength:g}; it is made for {row.lora_strength:g}")

@@ -5,39 +5,24 @@ So FLOPs and live bytes are those of the code that will run, whatever this Comfy
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import comfy.ops
 import torch
 from comfy.ldm.modules import attention
 
+from ...families import FAMILIES
 from ...profiling import work
 
-FACTOR = 8  # picture pixels per latent pixel of every class below
-
-
-def _unet(c: dict) -> dict[str, tuple[int, ...]]:
-    y = {"y": (c["adm_in_channels"],)} if c.get("adm_in_channels") else {}
-    return {"context": (77, c["context_dim"]), **y}
-
-
-def _flux(c: dict) -> dict[str, tuple[int, ...]]:
-    guidance = {"guidance": ()} if c.get("guidance_embed") else {}
-    return {"context": (256, c["context_in_dim"]), "y": (c["vec_in_dim"],), **guidance}
-
-
-def _sd3(c: dict) -> dict[str, tuple[int, ...]]:
-    return {"context": (154, c["context_embedder_config"]["params"]["in_features"]), "y": (c["adm_in_channels"],)}
-
-
-# ComfyUI's class -> shapes, without the batch, of what it takes besides latent and time. Context lengths are one
-# prompt's in ComfyUI; a known one replaces them.
-INPUTS: dict[str, Callable] = {"UNetModel": _unet, "Flux": _flux, "OpenAISignatureMMDITWrapper": _sd3}
+INPUTS = {family.module: family.inputs for family in FAMILIES if family.inputs}  # of ComfyUI's classes
 
 
 def parameters(module) -> int:
     """Logical weights of a module: a 4-bit one counts what it stands for."""
     return sum(p.numel() for p in module.parameters())
+
+
+def factor(base) -> int:
+    """Picture pixels per pixel of the latent of ComfyUI's model ``base``."""
+    return base.latent_format.spacial_downscale_ratio
 
 
 def knows(base) -> bool:

@@ -3,5 +3,5 @@
 presets    the recipes, one row each            solve      one layer, by a row
 observe    hooks that collect tokens            smooth     the smoothing factor, closed form and learned
 reservoir  a bounded, uniform sample of tokens  low_rank   where the rank goes: before rounding, and after
-gptq       codes by error feedback              published  the SVDQuant paper's recipe, to compare with
+gptq       codes by error feedback
 """

@@ -20,8 +20,8 @@ from ..packing import pack
 from ..policy import LayerPlan
 from ..schemes import AWQ, SVDQUANT
 from ..svdquant import SHIFT, SVDQuantWeight
-from . import gptq, low_rank, published, smooth
-from .presets import GRID, SURROGATE, Preset
+from . import gptq, low_rank, smooth
+from .presets import SURROGATE, Preset
 
 HELD_BACK = 8  # one token in so many decides between the calibrated and the data-free weight
 ONE_SIDED = 4  # a symmetric input that is merely small reaches as far up as down
@@ -220,8 +220,8 @@ def _subset(layer: Layer) -> tuple[Tensor, Tensor]:
 
 def _smooth(layer: Layer) -> Tensor:
     p, sample = layer.preset, layer.sample
-    if p.smoothing == GRID:
-        return published.search(layer.w, layer.x, sample.maxima, layer.rank, layer.shift, layer.qmax, layer.seed)
+    if callable(p.smoothing):
+        return p.smoothing(layer.w, layer.x, sample.maxima, layer.rank, layer.shift, layer.qmax, layer.seed)
     if p.smoothing != SURROGATE:
         return torch.ones_like(sample.maxima)
     x, w = _subset(layer)
@@ -255,8 +255,8 @@ def _codes_and_refits(layer: Layer, s: Tensor, up: Tensor, down: Tensor):
     table = scales.CANDIDATES if p.searched else scales.NEAREST
     low, high = (-8, 7) if p.searched else (-7, 7)
     factor = gptq.inverse_factor(seen.t() @ seen, p.shrink, p.damp) if p.gptq else None
-    if p.alternate:
-        up, down = published.iterate(w, s, (up, down), layer.x, p.alternate, layer.seed)
+    if p.iterate:
+        up, down = p.iterate(w, s, (up, down), layer.x, layer.seed)
     gram = low_rank.shrunk(layer.sample.gram, p.shrink) if p.refits and layer.rank else None
     for i in range(max(1, p.refits)):
         target = (w - up @ down.t()) * s

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from comfyui_nibble.checkpoints import convert
-from comfyui_nibble.checkpoints.families import by_id
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.families import by_id
 from safetensors.torch import save_file
 
 FLUX = {"num_layers": 1, "num_single_layers": 1}

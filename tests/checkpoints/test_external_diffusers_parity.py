@@ -3,9 +3,9 @@
 import pytest
 import torch
 from comfyui_nibble.checkpoints import convert
-from comfyui_nibble.checkpoints.families import by_diffusers_class, by_id, detect, detect_published
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.families import by_diffusers_class, by_id, detect, detect_published
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 

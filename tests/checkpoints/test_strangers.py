@@ -6,11 +6,11 @@ import pytest
 import torch
 from comfyui_nibble.checkpoints import forms
 from comfyui_nibble.checkpoints.errors import CheckpointError
-from comfyui_nibble.checkpoints.families import detect, detect_published
 from comfyui_nibble.checkpoints.formats import nunchaku
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.families import detect, detect_published
 from comfyui_nibble.quant import machine
 from safetensors.torch import load_file, save_file
 

@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from comfyui_nibble.checkpoints import convert, families, folder, header, lazy, pages, repack, save
+from comfyui_nibble import families
+from comfyui_nibble.checkpoints import convert, folder, header, lazy, pages, repack, save
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats import comfy_quant, core_quant, nunchaku
 from comfyui_nibble.checkpoints.formats.stored import StoredLayer

@@ -10,11 +10,11 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.checkpoints import convert, folder, header, save
 from comfyui_nibble.checkpoints.errors import CheckpointError
-from comfyui_nibble.checkpoints.families import GENERIC
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.repack import repack
 from comfyui_nibble.checkpoints.source import Source, open_source
+from comfyui_nibble.families import GENERIC
 from comfyui_nibble.headless import calibrate, pipeline
 from comfyui_nibble.headless.cli import main
 from comfyui_nibble.writing import whole

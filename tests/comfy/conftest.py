@@ -219,11 +219,13 @@ def own_server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def inside(tmp_path_factory):
-    """inside(script, *args): runs tests/comfy/inside/<script>.py in ComfyUI's Python; returns the JSON it prints."""
+    """inside(script, *args): runs tests/comfy/inside/<script>.py in ComfyUI's Python; returns the JSON it prints.
+    ``pack``: the root of another copy of the pack.
+    """
 
-    def run(script: str, *args) -> dict:
+    def run(script: str, *args, pack: Path = ROOT) -> dict:
         cwd = tmp_path_factory.mktemp("in")
-        command = [python_of(COMFYUI), str(HERE / "inside" / f"{script}.py"), str(COMFYUI), str(ROOT), *map(str, args)]
+        command = [python_of(COMFYUI), str(HERE / "inside" / f"{script}.py"), str(COMFYUI), str(pack), *map(str, args)]
         env = {**os.environ, **QUIET}
         done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=env, cwd=cwd)
         assert done.returncode == 0, done.stderr[-4000:]

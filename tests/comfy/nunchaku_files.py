@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from comfy_kitchen.tensor import QuantizedTensor
-from comfyui_nibble.checkpoints.families import flux
 from comfyui_nibble.checkpoints.formats import nunchaku
+from comfyui_nibble.families import flux
 from comfyui_nibble.quant import nvfp4_lowrank
 from comfyui_nibble.quant.modules import quantize_weight
 from comfyui_nibble.quant.nvfp4_lowrank import NVFP4LowRankWeight

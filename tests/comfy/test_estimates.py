@@ -118,6 +118,17 @@ def test_a_loaded_model_counts_as_its_file(family, server, installed, tiny_4bit)
     assert found["file"]["live_bytes"] == found["loaded"]["live_bytes"]
 
 
+def test_flux2_is_simulated_on_its_own_latent(server, tiny):
+    """It has FLUX.1's class without a pooled vector, and 16 pixels to a pixel of its latent."""
+    path = tiny("flux2")
+    (server.models("diffusion_models") / path.name).symlink_to(path)
+    found = answers(server, {"e": ask(file=f"diffusion_models/{path.name}", width=1024, height=1024, cfg=1.0)})["e"]
+    layers = sum(t.numel() for n, t in load_file(path).items() if "_blocks." in n and t.ndim == 2)
+    tokens, hidden, blocks = (1024 // 16) ** 2, 256, 2
+    attention = 4 * blocks * hidden * (tokens + 256) ** 2
+    assert found["flops_per_evaluation"] == pytest.approx(2 * layers * tokens + attention, rel=0.2)  # text is a little
+
+
 def test_it_grows_with_the_picture_the_batch_and_the_guidance(server, installed):
     name = f"diffusion_models/{installed('sd15')[1]}"
     grows = {"w": [dict(width=w) for w in (64, 128, 256)], "b": [dict(batch=b) for b in (1, 2, 5)],

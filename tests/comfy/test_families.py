@@ -1,6 +1,7 @@
 """What the families claim of layers, against ComfyUI's own classes with hooks on every layer."""
 
 from comfyui_nibble.quant.svdquant import SHIFT
+from new_family import grown
 
 
 def test_layers_that_are_called_unsigned_read_a_gelu(inside):
@@ -15,3 +16,10 @@ def test_layers_that_are_called_unsigned_read_a_gelu(inside):
     for name, (_, count, four, lowest, missed) in found.items():
         assert four >= 6 and not missed, name
         assert (lowest is None) if not count else -SHIFT < lowest < -0.165, (name, lowest)
+
+
+def test_a_new_file_is_enough_for_the_nodes(inside, tmp_path):
+    """Five tokens of width 64 through one layer, for three pictures."""
+    assert inside("new_family", pack=grown(tmp_path)) == {
+        "variant": "toy", "preset": "toy_turbo", "family": "toy", "flops": 3 * 5 * 2 * 64 * 64, "listed": [True, True],
+    }  # fmt: skip

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from comfyui_nibble.families.spec import MAX_TOKENS
 from comfyui_nibble.prompts import batch, domain, expand, record
-from comfyui_nibble.prompts.spec import MAX_TOKENS, PROSE, TAGS
+from comfyui_nibble.prompts.spec import PROSE, TAGS
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_nibble.sampling.presets import PRESETS, preset
+from comfyui_nibble.families import PRESETS
+from comfyui_nibble.sampling.presets import preset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sampling_graphs

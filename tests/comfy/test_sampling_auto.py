@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_nibble.sampling.presets import PRESETS, preset
+from comfyui_nibble.families import PRESETS
+from comfyui_nibble.sampling.presets import preset
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -1,8 +1,9 @@
 """Presets on ComfyUI's own classes: the table's numbers, diffusers as the oracle, and what the network is handed."""
 
 import pytest
-from comfyui_nibble.sampling.preset import SAMPLERS
-from comfyui_nibble.sampling.presets import PRESETS, preset
+from comfyui_nibble.families import PRESETS
+from comfyui_nibble.families.preset import SAMPLERS
+from comfyui_nibble.sampling.presets import preset
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from comfyui_nibble.families import PRESETS
 from comfyui_nibble.headless import schedulers
-from comfyui_nibble.sampling.levels import visits
-from comfyui_nibble.sampling.presets import PRESETS, preset
+from comfyui_nibble.sampling.presets import preset
 from comfyui_nibble.sampling.samplers import sample_perflow, sample_tcd
+from comfyui_nibble.sampling.schedules import visits
 
 OWN = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
            prediction_type="epsilon", timestep_spacing="leading", steps_offset=1, clip_sample=False)  # fmt: skip

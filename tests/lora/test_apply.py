@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from comfyui_nibble.families.spec import Rule
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
-from comfyui_nibble.quant.policy import Rule, plan
+from comfyui_nibble.quant.policy import plan
 
 RULES = (Rule(r"to_k", "awq_w4a16", ""), Rule(r"to_q|net", "svdquant_w4a4", ""))
 

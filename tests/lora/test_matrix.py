@@ -3,12 +3,12 @@
 import lora_files
 import pytest
 import torch
-from comfyui_nibble.checkpoints.families import KeyRule
+from comfyui_nibble.families.spec import KeyRule, Rule
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
-from comfyui_nibble.quant.policy import Rule, plan
+from comfyui_nibble.quant.policy import plan
 from lora_matrix import (
     CONVOLUTIONS,
     KINDS,

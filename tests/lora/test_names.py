@@ -96,7 +96,7 @@ def test_native_names_on_a_diffusers_module(family, spelling):
 
 def test_native_model_takes_split_names():
     """A model in native names: FLUX's qkv takes q, k and v into its own rows, and linear1 the feed-forward too."""
-    from comfyui_nibble.checkpoints.families import by_id
+    from comfyui_nibble.families import by_id
 
     rules = by_id("flux").key_rules({"num_layers": 1, "num_single_layers": 1})
     shapes = {"double_blocks.0.img_attn.qkv": (192, 64), "single_blocks.0.linear1": (448, 64)}

@@ -6,13 +6,14 @@ import lora_files
 import lora_odd
 import pytest
 import torch
+from comfyui_nibble.families.spec import Rule
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read, read_file, sort
 from comfyui_nibble.lora.report import KeyReport, describe
 from comfyui_nibble.lora.status import STATUSES
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
-from comfyui_nibble.quant.policy import Rule, plan
+from comfyui_nibble.quant.policy import plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_matrix import KINDS, kind

@@ -26,6 +26,9 @@ CASES = {
     "looks like a LoRA for FLUX.1": {"double_blocks.0.img_attn.qkv": (192, 64)},
     "looks like a LoRA for Stable Diffusion 3": {"joint_blocks.0.x_block.attn.qkv": (192, 64)},
     "looks like a LoRA for Stable Diffusion 3 or FLUX.1": {"transformer_blocks.0.attn.add_q_proj": (64, 64)},
+    "looks like a LoRA for Qwen-Image": {
+        f"transformer_blocks.0.{n}": (64, 64) for n in ("attn.add_q_proj", "img_mlp.x")
+    },
     "its names tell no model family": {"some.layer": (64, 64)},
 }
 

@@ -2,8 +2,9 @@
 
 import pytest
 from comfyui_nibble import demo
+from comfyui_nibble.families.spec import MAX_TOKENS
 from comfyui_nibble.prompts import batch, check, domain, expand
-from comfyui_nibble.prompts.spec import MAX_TOKENS, STYLES, TAGS
+from comfyui_nibble.prompts.spec import STYLES, TAGS
 
 WANTED = {"anime", "architecture-exterior", "childrens-book", "emoji", "fashion-lookbook", "food", "game-asset",
           "interior-design", "landscape", "logo-icon", "marketing-poster", "packshot", "portrait",

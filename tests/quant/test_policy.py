@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from comfyui_nibble.families import spec
+from comfyui_nibble.families.spec import Rule
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
-from comfyui_nibble.quant.policy import Rule, plan
+from comfyui_nibble.quant.policy import plan
 from comfyui_nibble.quant.rows import rows
-from comfyui_nibble.quant.schemes import KEEP
+from comfyui_nibble.quant.schemes import KEEP, SCHEMES
 
 RULES = (
     Rule(r"mod$", "awq_w4a16", "modulation"),
@@ -54,6 +56,11 @@ def test_quantizes_any_module_in_place(sqnr):
     assert seen == ["fc1", "fc2"] == list(errors) and all(0 < e < 0.2 for e in errors.values())
     assert kernels.is_ours(model.fc2.weight) and not kernels.is_ours(model.embed.weight)
     assert list(linear_shapes(model)) == ["embed"]
+
+
+def test_families_name_the_schemes_that_there_are():
+    assert {spec.SVDQUANT, spec.AWQ} == set(SCHEMES) and spec.KEEP == KEEP
+    assert {id: row.act_bits for id, row in SCHEMES.items()} == {spec.SVDQUANT: 4, spec.AWQ: 16}
 
 
 @pytest.mark.parametrize("scheme", ["svdquant_w4a4", "awq_w4a16"])

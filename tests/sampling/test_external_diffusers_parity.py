@@ -5,8 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from comfyui_nibble.sampling.guidance import omega_bias, omega_embedding
-from comfyui_nibble.sampling.samplers import perflow_velocity, sample_perflow, sample_tcd, seeded_noise, window_of
+from comfyui_nibble.sampling.samplers import (
+    omega_bias,
+    omega_embedding,
+    perflow_velocity,
+    sample_perflow,
+    sample_tcd,
+    seeded_noise,
+    window_of,
+)
 from comfyui_nibble.sampling.schedules import consistency_grid, trailing, windows
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle of these tests")

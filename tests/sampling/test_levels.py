@@ -1,8 +1,9 @@
 """What presets visit in numbers: the table's, and the last part of a longer run where a picture is started from."""
 
 import pytest
-from comfyui_nibble.sampling.levels import flux2_shift, size_shift, visits
-from comfyui_nibble.sampling.presets import PRESETS, preset
+from comfyui_nibble.families import PRESETS
+from comfyui_nibble.sampling.presets import preset
+from comfyui_nibble.sampling.schedules import flux2_shift, size_shift, visits
 
 
 @pytest.mark.parametrize("id", PRESETS)

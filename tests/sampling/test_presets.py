@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from comfyui_nibble.sampling import table
+from comfyui_nibble.families import PRESETS, TITLES
+from comfyui_nibble.families.preset import SAMPLERS
+from comfyui_nibble.sampling import presets
 from comfyui_nibble.sampling.detect import Facts, File, choose, detect, upstream_files
-from comfyui_nibble.sampling.preset import FAMILIES, SAMPLERS
-from comfyui_nibble.sampling.presets import PRESETS, of_family, preset
+from comfyui_nibble.sampling.presets import of_family, preset
 from comfyui_nibble.sampling.schedules import plan
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "few-step.md"
@@ -130,7 +131,7 @@ def test_every_family_and_step_count_has_a_run(id):
 
 
 def test_every_family_has_rows_and_ours_are_used():
-    assert all(of_family(family) for family in FAMILIES)
+    assert all(of_family(family) for family in TITLES)
     used = {row.sampler for row in PRESETS.values()}
     assert used == set(SAMPLERS)
 
@@ -138,7 +139,6 @@ def test_every_family_has_rows_and_ours_are_used():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(family="sd16"), "unknown family 'sd16'; there are sd15"),
         (dict(sampler="ddpm"), "unknown sampler 'ddpm'"),
         (dict(schedule="karras"), "unknown schedule"),
         (dict(prediction="noise"), "unknown prediction"),
@@ -164,13 +164,13 @@ def test_cfg_that_depends_on_the_steps():
 
 
 def test_the_page_is_the_table():
-    assert PAGE.read_text(encoding="utf-8") == table.page(), (
-        "docs/few-step.md is stale: python -m comfyui_nibble.sampling.table docs/few-step.md"
+    assert PAGE.read_text(encoding="utf-8") == presets.page(), (
+        "docs/few-step.md is stale: python -m comfyui_nibble.sampling.presets docs/few-step.md"
     )
 
 
 def test_the_page_names_every_row_and_source():
-    text = table.page()
+    text = presets.page()
     for row in PRESETS.values():
         assert f"| `{row.id}` |" in text and row.source in text
 

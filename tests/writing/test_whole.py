@@ -219,7 +219,7 @@ CALLS = {("os", "replace"), ("os", "rename"), ("torch", "save"), ("np", "save"),
          ("", "serialize_file")}  # fmt: skip
 METHODS = {"write_text", "write_bytes", "NamedTemporaryFile", "mkstemp", "TemporaryDirectory"}
 IMAGES = {"image", "picture", "sheet", "drawing"}
-PAGES = {"prompts/page.py", "sampling/table.py"}  # write the documentation, for make docs
+PAGES = {"prompts/page.py", "sampling/presets.py"}  # write the documentation, for make docs
 IN_MEMORY = {'chart(layers, title).save(png, "PNG")'}
 
 

@@ -90,7 +90,7 @@ def guidance() -> dict:
 
 
 def pack_embedding(scale: float) -> torch.Tensor:
-    from nibble_pack.sampling.guidance import omega_embedding
+    from nibble_pack.sampling.samplers import omega_embedding
 
     return omega_embedding(scale)
 

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import comfy.model_patcher
 import comfy.samplers
 import comfy.supported_models as supported
+from nibble_pack.families import PRESETS
 from nibble_pack.nodes.bridge import sampling
-from nibble_pack.sampling.presets import PRESETS
 from nibble_pack.sampling.schedules import plan
 
 # family -> (ComfyUI class, what its constructor reads)

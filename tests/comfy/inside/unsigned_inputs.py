@@ -15,7 +15,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.pixart.pixartms import PixArtMS  # noqa: E402
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel  # noqa: E402
 
-families = importlib.import_module("nibble_pack.checkpoints.families")
+families = importlib.import_module("nibble_pack.families")
 plan = importlib.import_module("nibble_pack.quant.policy").plan
 OPS = dict(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
 FLUX = dict(

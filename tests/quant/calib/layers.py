@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,10 @@ import torch
 from comfyui_nibble.quant.calib import presets
 from comfyui_nibble.quant.calib.solve import Sample, Solved, output_error, solve
 from comfyui_nibble.quant.policy import LayerPlan
+
+sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+
+import published
 
 CAPTIONS = Path(__file__).resolve().parents[2] / "data" / "captions.txt"
 
@@ -42,7 +47,15 @@ def sample(x: torch.Tensor, seed: int = 0) -> Sample:
 
 def run(preset: str, w, x, rank: int = 32, unsigned: bool = False, bias=None, seed: int = 0) -> Solved:
     plan = LayerPlan("svdquant_w4a4", "", rank, unsigned)
-    return solve(w, bias, None if x is None else sample(x), plan, presets.preset(preset), torch.bfloat16, seed)
+    return solve(
+        w,
+        bias,
+        None if x is None else sample(x),
+        plan,
+        (presets.PRESETS | published.ROWS)[preset],
+        torch.bfloat16,
+        seed,
+    )
 
 
 class MiniLM:

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from comfyui_nibble.quant import scales
-from comfyui_nibble.quant.calib import gptq, low_rank, presets, published, smooth
+from comfyui_nibble.quant.calib import gptq, low_rank, presets, smooth
 from comfyui_nibble.quant.calib.reservoir import Reservoir, limit_for
 
-from .layers import synthetic
+from .layers import published, synthetic
 
 
 class TestReservoir:
@@ -157,7 +157,7 @@ def test_published_iterations_never_raise_the_error():
     def error(up, down):
         return float((x @ (published.nearest(w - up @ down.t()) + up @ down.t()).t() - y).square().sum())
 
-    assert error(*published.iterate(w, s, branch, x, 20, 0)) < error(*branch)
+    assert error(*published.iterate(w, s, branch, x, 0, rounds=20)) < error(*branch)
 
 
 @pytest.mark.parametrize("row", presets.PRESETS.values(), ids=lambda p: p.id)

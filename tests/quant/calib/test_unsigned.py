@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 from comfyui_nibble.checkpoints import convert, resume
-from comfyui_nibble.checkpoints.families import FAMILIES, by_id
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.families import FAMILIES, by_id
+from comfyui_nibble.families.spec import Rule
 from comfyui_nibble.headless import calibrate as headless
 from comfyui_nibble.quant import awq, svdquant
 from comfyui_nibble.quant.calib import allocate, engine, presets, report
 from comfyui_nibble.quant.calib.reservoir import Reservoir
 from comfyui_nibble.quant.calib.solve import Sample, candidates, output_error, solve, solve_best
 from comfyui_nibble.quant.modules import quantize_weight
-from comfyui_nibble.quant.policy import LayerPlan, Rule, plan
+from comfyui_nibble.quant.policy import LayerPlan, plan
 from comfyui_nibble.quant.svdquant import SHIFT
 from comfyui_nibble.writing import kept
 from safetensors.torch import save_file

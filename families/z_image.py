@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ...quant.policy import Rule
-from ...quant.schemes import KEEP, SVDQUANT
-from .spec import FamilySpec, Place, Published, in_blocks, renamed
+from .preset import TEMPLATES, Preset
+from .spec import KEEP, SVDQUANT, FamilySpec, Place, Published, Rule, Variant, in_blocks, renamed
 
 RULES = (
     Rule(r"refiner", KEEP, "refines text or noise: few tokens, sensitive"),
-    Rule(r"layers\.\d+\.attention\.(qkv|out)$", SVDQUANT.id, "attention"),
-    Rule(r"layers\.\d+\.feed_forward\.w[123]$", SVDQUANT.id, "feed-forward (SwiGLU: never unsigned)"),
+    Rule(r"layers\.\d+\.attention\.(qkv|out)$", SVDQUANT, "attention"),
+    Rule(r"layers\.\d+\.feed_forward\.w[123]$", SVDQUANT, "feed-forward (SwiGLU: never unsigned)"),
     Rule(r"", KEEP, "embedder, modulation, norm or output layer"),
 )
 TOP = {
@@ -39,6 +38,12 @@ def _diffusers(names: Iterable[str], config: Mapping) -> list[Place]:
     return out
 
 
+TURBO = Preset(
+    id="z_image_turbo", title="Z-Image-Turbo", family="z_image", prediction="flow", schedule="simple", steps=8,
+    made_for=(8,), sampler="res_multistep", shift=3.0, names=r"z[-_ ]?image.*turbo",
+    shown=(1.0, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3), source=f"{TEMPLATES}image_z_image_turbo.json",
+)  # fmt: skip
+
 FAMILY = FamilySpec(
     id="z_image",
     title="Z-Image",
@@ -52,4 +57,15 @@ FAMILY = FamilySpec(
         Published("nunchaku", (r"layers\.0\.attention\.to_qkv\.qweight", r"cap_embedder\.1\.weight"), _diffusers),
         Published("diffusers", (r"layers\.0\.attention\.to_q\..*", r"all_x_embedder\.2-1\.weight"), _diffusers),
     ),
+    lora_marks=((r"layers_\d+_(attention|feed_forward)", None, "Lumina or Z-Image"),),
+    variants=(
+        Variant(
+            id="z_image",
+            title="Z-Image",
+            classes={"ZImage": {}, "ZImageTransformer2DModel": {}},
+            side=1024,
+            sized_like="sdxl",
+        ),
+    ),
+    presets=(TURBO,),
 )

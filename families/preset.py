@@ -1,6 +1,7 @@
-"""What a few-step preset is: how one distilled model or LoRA wants to be sampled. The rows: unet_rows, flow_rows.
+"""What a few-step preset is: how one distilled model or LoRA wants to be sampled. The rows are in the families' files.
 
 Timesteps count 999 ... 0 on the 1000-point noise schedule of Stable Diffusion; flow models have sigmas 1 ... 0 instead.
+A row is sampled by sampling/ in diffusers, by nodes/bridge in ComfyUI.
 """
 
 from __future__ import annotations
@@ -8,22 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-FAMILIES = {
-    "sd15": "SD 1.5",
-    "sd2": "SD 2.x",
-    "sdxl": "SDXL",
-    "sd3": "SD 3 / 3.5",
-    "flux": "FLUX.1-dev",
-    "flux_schnell": "FLUX.1-schnell",
-    "flux2": "FLUX.2",
-    "qwen_image": "Qwen-Image",
-    "z_image": "Z-Image",
-    "krea2": "Krea 2",
-    "lens": "Lens",
-    "ernie": "ERNIE-Image",
-    "mage_flow": "Mage-Flow",
-    "boogu": "Boogu-Image",
-}
+# What several families' rows say: where their sources are, and parts of the patterns of file names
+HF = "https://huggingface.co/"
+HYPER = f"{HF}ByteDance/Hyper-SD"
+TEMPLATES = "https://github.com/Comfy-Org/workflow_templates/blob/main/templates/"
+NEVER = r"(?!)"  # no name says it
+WORD = r"(?:^|[^a-z])"  # the start of a word in a file name
 # prediction -> what the network's output means, and so what is done to the MODEL before it samples
 PREDICTIONS = {
     "epsilon": "as the model was trained (epsilon, or v for a v-prediction model)",
@@ -62,7 +53,7 @@ SCHEDULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One row.
+    """One row. ``family``: the `Variant` that it is for.
 
     steps, made_for   the usual number, and those the model was distilled for
     cfg, cfg_at       guidance scale as ComfyUI counts it (1 = one pass); (from steps, scale) pairs where it depends
@@ -102,7 +93,6 @@ class Preset:
 
     def __post_init__(self):
         for value, table, what in (
-            (self.family, FAMILIES, "family"),
             (self.prediction, PREDICTIONS, "prediction"),
             (self.schedule, SCHEDULES, "schedule"),
             (self.sampler, SAMPLERS, "sampler"),

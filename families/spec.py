@@ -1,4 +1,5 @@
-"""What this pack knows about a model family: how to recognise it, what stays 16-bit, and what its layers are called.
+"""What this pack knows about a model family: how to recognise it, what stays 16-bit, what its layers are called, and of
+each model in it how it is prompted and sampled.
 
 Native names are ComfyUI's (the original authors'); diffusers names are the other spelling. A family knows no bytes.
 """
@@ -9,11 +10,38 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ...quant.policy import Rule
+from .preset import Preset
 
+# The schemes of quant/schemes.py that a policy chooses from, and the word for a layer that stays in 16 bits.
+SVDQUANT, AWQ, KEEP = "svdquant_w4a4", "awq_w4a16", "keep"
 Shapes = Mapping[str, tuple[int, ...]]
 # Where a model sits inside a bigger file; the first that carries any known name wins.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """``pattern`` is searched in a layer's dotted name; the first rule of a policy that matches decides.
+
+    ``act_unsigned``: the layer reads a GELU. ``after``: what the match is replaced by to name the layer whose output
+    that GELU takes. Where that layer has more rows than this one has columns its output is gated, and the claim falls.
+    ``keeps_columns``: ComfyUI tells the model by the number of columns that this weight has in the file, so no format
+    that packs them may take it.
+    """
+
+    pattern: str
+    scheme: str
+    reason: str
+    act_unsigned: bool = False
+    after: str = ""
+    keeps_columns: bool = False
+
+    def __post_init__(self):
+        re.compile(self.pattern)
+        if self.scheme not in (SVDQUANT, AWQ, KEEP):
+            raise ValueError(f"rule {self.pattern!r}: unknown scheme {self.scheme!r}")
+        if self.act_unsigned and self.scheme != SVDQUANT:
+            raise ValueError(f"rule {self.pattern!r}: only 4-bit activations can be unsigned")
 
 
 @dataclass(frozen=True)
@@ -88,29 +116,80 @@ def in_blocks(names: Iterable[str], source: str, native: str, table: Iterable[Pl
     ]
 
 
+def block_pairs(count: int, native: str, source: str, table: Mapping) -> list[tuple[str, tuple[str, ...]]]:
+    """``table`` of native -> diffusers layer or layers, ``count`` times. Prefixes as for `in_blocks`."""
+    rows = [(a, (b,) if isinstance(b, str) else b) for a, b in table.items()]
+    return [(native.format(i) + a, tuple(source.format(i) + x for x in b)) for i in range(count) for a, b in rows]
+
+
 def renamed(table: Mapping[str, str | tuple[str, ...]], swap: Iterable[str] = ()) -> list[Place]:
     """Places for a table of native -> source or sources (rows), as the families keep them for diffusers."""
     rows = ((native, (s,) if isinstance(s, str) else s) for native, s in table.items())
     return [Place(sources, (native,), swap_halves=native in swap) for native, sources in rows]
 
 
+TAGS, PROSE = "tags", "prose"  # what CLIP alone reads; what encoders of sentences (T5, Qwen, Llama) read
+# Longest prompt of a style, in CLIP tokens with both end marks; prose: half of T5's 512.
+MAX_TOKENS = {TAGS: 77, PROSE: 256}
+DEFAULT_RUN = ("euler", "simple", 25, 1.0)  # of a variant that says nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A model of a family as prompts and presets tell it from others. Its ``id`` stands in files, and is frozen.
+
+    classes       ComfyUI's model configuration and diffusers' denoiser -> what its configuration says besides
+    style         of its prompts; side: of its square picture, 0 where no domain may name it
+    ordinary      (ComfyUI's sampler, scheduler, steps, cfg) of a model that is not distilled; ordinary_preset: a preset
+                  for that
+    shift         what ComfyUI loads a flow model with, where presets say no other: sigma = s u / (1 + (s - 1) u)
+    sized_like    the variant whose size a domain means where it has none for this one
+    presets_of, loras_of    the variant whose presets, or domains' LoRAs, are for this one, too
+    """
+
+    id: str
+    title: str
+    classes: Mapping[str, Mapping[str, object]]
+    style: str = PROSE
+    side: int = 0
+    ordinary: tuple[str, str, int, float] | None = None
+    ordinary_preset: str = ""
+    shift: float | None = None
+    sized_like: str = ""
+    presets_of: str = ""
+    loras_of: str = ""
+
+
 @dataclass(frozen=True)
 class FamilySpec:
-    """``marks``: native names that only this family has, each with (dimension, size) or None for any shape.
+    """One family.
 
-    ``unsupported``: why ComfyUI cannot run the family, where it cannot.
+    marks         native names that only this family has, each with (dimension, size) or None for any shape
+    lora_marks    (how a layer's canonical name in a LoRA begins, (role, dimension, size) of a factor or None, title)
+    module        ComfyUI's class; inputs: its configuration -> shapes, without the batch, of what it takes besides
+                  latent and time
+    unsupported   why ComfyUI cannot run the family, where it cannot
     """
 
     id: str
     title: str
     marks: tuple[tuple[str, tuple[int, int] | None], ...]
     rules: tuple[Rule, ...]
-    diffusers_class: str = ""
-    diffusers_config: tuple[tuple[str, object], ...] = ()  # what its config.json must say besides
+    diffusers_config: tuple[tuple[str, object], ...] = ()  # what diffusers' config.json must say besides the class
     key_rules: Callable[[Mapping], list[KeyRule]] | None = None
     side_dtype: str = "bfloat16"  # what scales and low-rank factors of a 32-bit source are stored in
     published: tuple[Published, ...] = ()  # other spellings of its names
     unsupported: str = ""
+    lora_marks: tuple[tuple[str, tuple[str, int, int] | None, str], ...] = ()
+    module: str = ""
+    inputs: Callable[[Mapping], dict[str, tuple[int, ...]]] | None = None
+    variants: tuple[Variant, ...] = ()
+    presets: tuple[Preset, ...] = ()  # the first of a variant whose pattern is in a file name wins: narrow ones first
+
+    def __post_init__(self):
+        for row in self.presets:
+            if row.family not in (v.id for v in self.variants):
+                raise ValueError(f"preset {row.id}: unknown variant {row.family!r} of the family {self.id}")
 
     def matches(self, shapes: Shapes, prefix: str) -> bool:
         for pattern, size in self.marks:

@@ -2,9 +2,7 @@
 bits.
 """
 
-from ...quant.policy import Rule
-from ...quant.schemes import KEEP, SVDQUANT
-from .spec import FamilySpec
+from .spec import KEEP, SVDQUANT, FamilySpec, Rule
 
 FAMILY = FamilySpec(
     id="pixart",
@@ -17,10 +15,10 @@ FAMILY = FamilySpec(
     rules=(
         Rule(r"blocks\.\d+\.cross_attn\.kv_linear$", KEEP, "text key and value: few tokens, no speed to win"),
         # GELU in its tanh form, in ComfyUI's class as in the authors'
-        Rule(r"(blocks\.\d+\.mlp)\.fc2$", SVDQUANT.id, "reads a GELU", act_unsigned=True, after=r"\1.fc1"),
+        Rule(r"(blocks\.\d+\.mlp)\.fc2$", SVDQUANT, "reads a GELU", act_unsigned=True, after=r"\1.fc1"),
         Rule(
             r"blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q_linear|proj)|mlp\.fc1)$",
-            SVDQUANT.id,
+            SVDQUANT,
             "attention and feed-forward",
         ),
         Rule(r"", KEEP, "embedder, norm or output layer"),

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from . import _unet
-from .spec import FamilySpec, Place, Published
+from .spec import KEEP, TAGS, FamilySpec, Place, Published, Variant
 
 BASE = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -25,8 +25,7 @@ FAMILY = FamilySpec(
         (r"input_blocks\.0\.0\.weight", None),
         (r".*transformer_blocks\.0\.attn2\.to_k\.weight", (1, 2048)),
     ),
-    rules=_unet.rules(_unet.KEEP, "text key and value: 77 tokens, no speed to win"),
-    diffusers_class="UNet2DConditionModel",
+    rules=_unet.rules(KEEP, "text key and value: 77 tokens, no speed to win"),
     diffusers_config=(("cross_attention_dim", 2048),),
     key_rules=_unet.key_rules,
     side_dtype="float16",
@@ -38,4 +37,18 @@ FAMILY = FamilySpec(
             others="none",
         ),
     ),
+    lora_marks=(_unet.lora_mark(2048, "SDXL UNet"),),
+    module="UNetModel",
+    inputs=_unet.inputs,
+    variants=(
+        Variant(
+            id="sdxl",
+            title="SDXL",
+            classes={"SDXL": {}, "UNet2DConditionModel": {"addition_embed_type": "text_time"}},
+            style=TAGS,
+            side=1024,
+            ordinary=("dpmpp_2m", "karras", 25, 6.0),
+        ),
+    ),
+    presets=_unet.presets("sdxl"),
 )

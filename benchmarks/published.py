@@ -1,4 +1,4 @@
-"""SVDQuant's smoothing and low-rank iterations as published and as DeepCompressor runs them: to compare with.
+"""Calibration recipes to compare with: SVDQuant's as published and as DeepCompressor runs it, and plain rounding.
 
 39 candidates s = max|x|^a / max|w|^b, (a, b) in {(0, 0)} + {(a, 0)} + {(a, 1 - a)}, a = 1/20 .. 19/20; each gets its
 own SVD and is scored by the error of the layer's output. (DeepCompressor does a full fp64 SVD each and half a million
@@ -6,13 +6,16 @@ tokens; here it is a randomised SVD and `TOKENS`, which measured the same qualit
 v0.1.0.)
 """
 
+# ruff: noqa: TID251
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import replace
 
-from .. import scales
-from . import low_rank
+import torch
+from comfyui_nibble.quant import scales
+from comfyui_nibble.quant.calib import low_rank
+from comfyui_nibble.quant.calib.presets import Preset
+from torch import Tensor
 
 TOKENS = 1024
 STEPS = 20
@@ -54,7 +57,7 @@ def search(w: Tensor, x: Tensor, amax: Tensor, rank: int, shift: float, qmax: in
     return best
 
 
-def iterate(w: Tensor, s: Tensor, branch: tuple[Tensor, Tensor], x: Tensor, rounds: int, seed: int):
+def iterate(w: Tensor, s: Tensor, branch: tuple[Tensor, Tensor], x: Tensor, seed: int, rounds: int = 100):
     """(up, down): SVD of W s - Q(W s - L) again and again from ``branch``; stops at the first round that does not
     improve the output on ``x``.
     """
@@ -75,3 +78,24 @@ def iterate(w: Tensor, s: Tensor, branch: tuple[Tensor, Tensor], x: Tensor, roun
             break
         branch, lowest = found, reached
     return branch
+
+
+PUBLISHED = Preset(
+    "published", "SVDQuant as published: 39-point smoothing grid, SVD of W s, absmax / 7",
+    tokens=4096, smoothing=search, searched=False,
+)  # fmt: skip
+ITERATED = replace(
+    PUBLISHED, id="published_iterated", summary="published, with up to 100 low-rank iterations", iterate=iterate
+)
+ROWS = {
+    p.id: p
+    for p in (
+        PUBLISHED,
+        ITERATED,
+        replace(
+            ITERATED, id="published_gptq", gptq=True,
+            summary="published, with low-rank iterations and GPTQ (DeepCompressor's gptq.yaml)",
+        ),
+        Preset("nearest", "round to nearest with absmax / 7, no low rank", searched=False, low_rank=False),
+    )
+}  # fmt: skip

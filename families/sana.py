@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ...quant.policy import Rule
-from ...quant.schemes import KEEP, SVDQUANT
-from .spec import FamilySpec, Place, Published, in_blocks
+from .spec import KEEP, SVDQUANT, FamilySpec, Place, Published, Rule, in_blocks
 
 RULES = (
-    Rule(
-        r"transformer_blocks\.\d+\.attn\d?\.(to_[qkv]|to_out\.0|qkv_proj|out_proj|pag_to_v)$", SVDQUANT.id, "attention"
-    ),
-    Rule(r"transformer_blocks\.\d+\.cross_attn\.(q_linear|out_proj)$", SVDQUANT.id, "attention to the text"),
-    Rule(r"ff\.(inverted_conv|point_conv)$", SVDQUANT.id, "feed-forward, 1 x 1 convolutions"),
+    Rule(r"transformer_blocks\.\d+\.attn\d?\.(to_[qkv]|to_out\.0|qkv_proj|out_proj|pag_to_v)$", SVDQUANT, "attention"),
+    Rule(r"transformer_blocks\.\d+\.cross_attn\.(q_linear|out_proj)$", SVDQUANT, "attention to the text"),
+    Rule(r"ff\.(inverted_conv|point_conv)$", SVDQUANT, "feed-forward, 1 x 1 convolutions"),
     Rule(r"", KEEP, "embedder, text projection, depthwise convolution or output layer"),
 )
 
