@@ -11,7 +11,7 @@ COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_confi
 CORE = {
     "training",
     "lora",
-    "adapters",
+    "image_prompt",
     "sampling",
     "slim",
     "prompts",
@@ -30,14 +30,14 @@ ALLOWED = {
     "training": {"lora", "sampling", "quant", "reading", "writing"},
     "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
     "checkpoints": {"quant", "writing"},
-    "demo": {"metrics", "training", "adapters", "reading", "writing"},
+    "demo": {"metrics", "training", "image_prompt", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
     "quant": set(),
     "prompts": {"reading"},
     "sampling": set(),
     "profiling": set(),
     "metrics": set(),
-    "adapters": set(),
+    "image_prompt": set(),
     "reading": set(),
     "writing": {"reading"},
 }
