@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..reading import textfile
-from .table import ATTENTIONS, CONVOLUTIONS
+from .operations import ATTENTIONS, CONVOLUTIONS
 
 AS_IT_IS = "as it is"
 MAX_LINES = 200

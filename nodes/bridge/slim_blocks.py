@@ -15,7 +15,7 @@ from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialVideoTrans
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 
 from ...slim.choose import Key, Place
-from ...slim.op import Conv
+from ...slim.operations import Conv
 from .build import PREFIX
 
 FEWEST = 32  # channels: the first and the last convolution are too thin to factor
