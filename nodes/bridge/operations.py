@@ -18,7 +18,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints.formats import comfy_quant, core_quant
-from ...quant import core_low_rank, kernels, runtime
+from ...quant import core_low_rank, kernels
 from .patches import dense, grown, on_the_fly, shift_of
 
 # comfy-kitchen's suffixes of a weight's parts -> the on-disk names
@@ -36,7 +36,7 @@ def kernel_dtype(x: torch.Tensor) -> torch.dtype:
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., K) -> (..., N) in x's dtype through the weight's own product, which wants one dtype, contiguous rows."""
-    dtype = x.dtype if core_low_rank.is_layout(weight._layout_cls) else kernel_dtype(x)
+    dtype = x.dtype if kernels.is_low_rank(weight._layout_cls) else kernel_dtype(x)
     if kernels.side_dtype(weight) != dtype:
         weight = kernels.cast(weight, dtype)
     y = torch.nn.functional.linear(x.to(dtype).contiguous(), weight, None if bias is None else bias.to(dtype))
@@ -48,7 +48,7 @@ def stored(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     layout = weight._layout_cls
     if not kernels.is_ours(weight):
         return {n.removeprefix("."): t for n, t in core_quant.write("", weight).items()}
-    if layout in runtime.OURS or core_low_rank.is_layout(layout) or layout == kernels.AWQ_LOW_RANK_LAYOUT:
+    if layout in kernels.BUFFERED or kernels.is_low_rank(layout) or layout == kernels.AWQ_LOW_RANK_LAYOUT:
         return {n.removeprefix("."): t for n, t in comfy_quant.write("", kernels.unwrap(weight)).items()}
     out = {ON_DISK[suffix]: tensor for suffix, tensor in kernels.tensors(weight).items()}
     unsigned = getattr(weight._params, "act_unsigned", False)
@@ -115,7 +115,7 @@ class FourBitLinear:
     def _load_ours(self, sd, prefix):
         weight = sd.pop(f"{prefix}weight")
         sd.pop(f"{prefix}comfy_quant", None)
-        if core_low_rank.is_layout(weight._layout_cls):
+        if kernels.is_low_rank(weight._layout_cls):
             weight = self._on_this_machine(weight)
         have, want = kernels.side_dtype(weight), self.factory_kwargs["dtype"]
         if have != want and have.itemsize == want.itemsize:  # else each forward would cast them
@@ -126,7 +126,7 @@ class FourBitLinear:
         self._keep_bias(sd, prefix)
 
     def _on_this_machine(self, weight):
-        base = core_quant.BY_LAYOUT[core_low_rank.unwrap(weight).base._layout_cls]
+        base = core_quant.BY_LAYOUT[kernels.unwrap(weight).base._layout_cls]
         params = dataclasses.replace(weight._params, emulate=base in self._disabled_formats)
         return QuantizedTensor(weight._qdata, weight._layout_cls, params)
 
