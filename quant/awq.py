@@ -19,10 +19,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from .checks import require_finite, require_range
-from .packing import pack, unpack_unsigned
+from .checks import require_finite, require_range, require_shapes
+from .packing import GROUP, pack, unpack_unsigned
 
-GROUP = 64
 ROUNDS = 4  # of rounding and refitting; the error has settled by then
 
 
@@ -43,10 +42,7 @@ class AWQWeight:
         expected = dict(wscales=(k // GROUP, n), wzeros=(k // GROUP, n))
         if self.proj_down is not None:
             expected |= dict(proj_down=(k, self.rank), proj_up=(n, self.rank))
-        for name, shape in expected.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
-                raise ValueError(f"awq_w4a16: {name} has shape {got}, expected {shape} for N={n}, K={k}")
+        require_shapes(self, "awq_w4a16", **expected)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -26,6 +26,8 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.nvfp4 import TensorCoreNVFP4Layout
 from torch import Tensor
 
+from .checks import require_shapes
+
 GROUP = 16
 LAYOUT = "TensorCoreNVFP4Layout"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -48,14 +50,8 @@ class NVFP4LowRankWeight:
         n, k = self.shape
         if k % GROUP or n % 16:
             raise ValueError(f"svdquant_nvfp4: N={n} and K={k} must be multiples of 16")
-        expected = dict(
-            block_scale=(n, k // GROUP), channel_scale=(n,), smooth_factor=(k,),
-            proj_down=(k, self.rank), proj_up=(n, self.rank),
-        )  # fmt: skip
-        for name, shape in expected.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
-                raise ValueError(f"svdquant_nvfp4: {name} has shape {got}, expected {shape} for N={n}, K={k}")
+        expected = dict(block_scale=(n, k // GROUP), channel_scale=(n,), smooth_factor=(k,))
+        require_shapes(self, "svdquant_nvfp4", **expected, proj_down=(k, self.rank), proj_up=(n, self.rank))
 
     @property
     def shape(self) -> tuple[int, int]:

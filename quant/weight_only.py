@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import gguf_blocks
+from .checks import require_shapes
 
 BNB = ("nf4", "fp4")
 CODECS = (*BNB, *gguf_blocks.BLOCKS)
@@ -48,11 +49,7 @@ class WeightOnly:
             if k % row.weights:
                 raise ValueError(f"{self.codec}: K={k} is not a multiple of {row.weights}")
             want = {"qdata": (n, k // row.weights * row.nbytes)}
-        for name, shape in want.items():
-            value = getattr(self, name)
-            if value is None or tuple(value.shape) != shape:
-                got = None if value is None else tuple(value.shape)
-                raise ValueError(f"{self.codec}: {name} has shape {got}, expected {shape} for N={n}, K={k}")
+        require_shapes(self, self.codec, **want)
 
     def to(self, dtype: torch.dtype) -> WeightOnly:
         """Itself: it has no tensors in the compute dtype."""

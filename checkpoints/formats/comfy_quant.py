@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ...quant import packing
-from ...quant.awq import GROUP, AWQWeight
+from ...quant.awq import AWQWeight
 from ...quant.core_low_rank import CoreLowRankWeight
+from ...quant.packing import GROUP
 from ...quant.parts import ROWS, Parts, Plain
 from ...quant.svdquant import SVDQuantWeight
 from ..errors import CheckpointError
@@ -243,8 +244,8 @@ def _svdquant(weight: Tensor, parts: dict, config: dict, tiled: bool) -> SVDQuan
 def config(fmt: str, act_unsigned: bool = False, tiled: bool = False) -> dict:
     """The JSON of a layer in ``fmt``."""
     if fmt != SVDQUANT:
-        return {"format": fmt, "group_size": 64} if fmt == AWQ else {"format": fmt}
-    out = {"format": SVDQUANT, "group_size": 64, "act_unsigned": act_unsigned, "lowrank_branch_input_basis": "raw"}
+        return {"format": fmt, "group_size": GROUP} if fmt == AWQ else {"format": fmt}
+    out = {"format": SVDQUANT, "group_size": GROUP, "act_unsigned": act_unsigned, "lowrank_branch_input_basis": "raw"}
     return {**out, "layout": TILED} if tiled else out
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import awq, core_formats, datafree, scales, svdquant
 from ..checks import relative_error
-from ..packing import pack
+from ..packing import GROUP, pack
 from ..policy import LayerPlan
 from ..schemes import AWQ, SVDQUANT
 from ..svdquant import SHIFT, SVDQuantWeight
@@ -93,7 +93,7 @@ def candidates(plan: LayerPlan, sample: Sample | None, preset: Preset) -> tuple[
 
 def _step_ratio(x: Tensor) -> float:
     """Mean squared step of unsigned codes over that of signed ones, for tokens ``x`` (T, K)."""
-    groups = x.unflatten(-1, (-1, scales.GROUP))
+    groups = x.unflatten(-1, (-1, GROUP))
     unsigned = (groups.amax(-1) + SHIFT).square().mean() / 15**2
     return float(unsigned / (groups.abs().amax(-1).square().mean() / 7**2).clamp(min=1e-30))
 
@@ -205,10 +205,7 @@ class Layer:
 
     def rounded(self, s: Tensor) -> Tensor:
         """What the 4-bit product sees of x: (M, K), smoothed, shifted, rounded and back."""
-        groups = ((self.x + self.shift) / s).unflatten(-1, (-1, scales.GROUP))
-        low = 0 if self.qmax == 15 else -self.qmax
-        step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / self.qmax
-        return ((groups / step).round_().clamp_(low, self.qmax) * step).flatten(-2)
+        return scales.rounded((self.x + self.shift) / s, self.qmax)
 
 
 def _subset(layer: Layer) -> tuple[Tensor, Tensor]:
@@ -264,11 +261,6 @@ def _codes_and_refits(layer: Layer, s: Tensor, up: Tensor, down: Tensor):
         if factor is not None:
             q = gptq.codes(target, wscales, factor, low, high)
         if gram is not None:
-            missed = w - _dense(q, wscales) / s
+            missed = w - scales.applied(q, wscales) / s
             up, down = low_rank.refit(missed, gram, layer.rank, layer.seed + i)
     return q, wscales, up, down
-
-
-def _dense(q: Tensor, wscales: Tensor) -> Tensor:
-    n, k = q.shape
-    return (q.float().reshape(n, -1, scales.GROUP) * wscales.float().t().unsqueeze(-1)).reshape(n, k)
