@@ -215,19 +215,19 @@ class FourBitLinear:
         bias = self.convert_bias(_as(bias, input))
         return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
 
-    def _shift(self):
+    def shift(self):
         return shift_of(self.weight) if kernels.is_quantized(self.weight) else self.dense_shift
 
     def convert_bias(self, bias, inplace=False, **kwargs):
         """The layer's true bias, from the stored one: what merges and patches work on."""
-        shift = self._shift()
+        shift = self.shift()
         if bias is None or shift is None:
             return shift if bias is None else bias
         return bias + shift.to(bias)
 
     def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """Stores a true bias. The inverse of `convert_bias`, rounded to the stored dtype."""
-        shift = self._shift()
+        shift = self.shift()
         bias = (bias if shift is None else bias - shift.to(bias)).to(self.bias.dtype)
         if return_weight:
             return bias
