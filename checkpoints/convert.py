@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,12 +22,13 @@ from ..quant.svdquant import SVDQuantWeight
 from ..writing.room import check_room
 from ..writing.tensors import Entry, entries, nbytes
 from . import save
-from .errors import CheckpointError
+from .errors import CheckpointError, naming
 from .formats import comfy_quant, core_quant
 from .quantized import SIDES
 from .source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+REPAIR = "Repair the checkpoint, or keep this layer in 16 bits"
 NAMES = ("comfy_quant", *SIDES)  # below a layer: what no float source may hold already
 
 
@@ -186,7 +186,7 @@ def _blank_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: torch
         name, bias = f"{full}.bias", None
         if name in source.shapes:
             bias = torch.empty(source.shapes[name], dtype=source.dtype(name), device="meta")
-        with _naming(source, full):
+        with naming(source.name, REPAIR, full, (ValueError,)):
             weight, bias = blank(source.shapes[f"{full}.weight"], bias, layer_plan, dtype)
     return _stored(full, weight, bias, dtype, options.tiled)
 
@@ -249,7 +249,7 @@ def stored_layer(full: str, weight, dtype: torch.dtype, tiled: bool = False) -> 
 def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dtype, options: Options):
     weight = source.get(f"{full}.weight").to(options.device)
     bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
-    with _naming(source, full):
+    with naming(source.name, REPAIR, full, (ValueError,)):
         require_float(weight)
         if layer_plan.scheme in core_formats.FORMATS:
             q = core_formats.quantize(weight, layer_plan.scheme, dtype)
@@ -257,12 +257,3 @@ def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dt
             return q, bias, float(error)
         q = quantize_weight(weight, bias, layer_plan, dtype, options.seed)
         return q.weight, q.bias, q.error
-
-
-@contextmanager
-def _naming(source: Source, layer: str) -> Iterator[None]:
-    """What is wrong with a layer becomes a sentence that names it."""
-    try:
-        yield
-    except ValueError as e:
-        raise CheckpointError(source.name, str(e), "Repair the checkpoint, or keep this layer in 16 bits", layer) from e

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import folder, header, lazy, marks, native
 from .errors import CheckpointError
-from .formats import FORMATS, comfy_quant, gguf
+from .formats import FORMATS, comfy_quant, gguf, nunchaku
 from .formats.stored import StoredLayer
 
 # Where a diffusion model's layers may stand in a file: ComfyUI's prefixes, longest first, and none.
@@ -77,11 +77,11 @@ def parse(
     found = marks.read(metadata, config, name)
     what = lazy.entries(tensors)
     marks.refuse(what, found, name)
-    layers = take_layers(tensors, name, core)
+    layers = take_layers(tensors, name, core, found.lite)
     dense = tensors if isinstance(tensors, dict) else {n: tensors.pop(n) for n in list(tensors)}
     if layers:  # a float model in a publisher's names is ComfyUI's to read
         names = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
-        native.to_native(layers, dense, names, name, found.lite)
+        native.to_native(layers, dense, names, name)
     return Checkpoint(name, dense, layers, metadata)
 
 
@@ -94,13 +94,16 @@ def mark(tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str], name
 
 
 def take_layers(
-    tensors: MutableMapping[str, Tensor], name: str, core: Collection[str] = comfy_quant.CORE
+    tensors: MutableMapping[str, Tensor], name: str, core: Collection[str] = comfy_quant.CORE, lite: bool = False
 ) -> dict[str, StoredLayer]:
-    """Takes the 4-bit layers of every format out of ``tensors``, under the file's names. Raises CheckpointError."""
+    """Takes the 4-bit layers of every format out of ``tensors``, under the file's names. ``lite``: see `marks.Marks`.
+    Raises CheckpointError.
+    """
     layers: dict[str, StoredLayer] = {}
+    options = {comfy_quant: (core,), nunchaku: (lite,)}
     for fmt in FORMATS:
         if fmt.detect(tensors):
-            layers |= fmt.read(tensors, name, core) if fmt is comfy_quant else fmt.read(tensors, name)
+            layers |= fmt.read(tensors, name, *options.get(fmt, ()))
     return layers
 
 

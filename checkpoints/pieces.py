@@ -39,7 +39,6 @@ class Pieces:
     outline: Checkpoint
     groups: list[tuple[tuple[Place, ...], list[str]]]
     naming: native.Naming | None
-    lite: bool
     take: Callable[[list[str]], tuple[Layers, Dense]]
 
     def __iter__(self) -> Iterator[Checkpoint]:
@@ -50,7 +49,7 @@ class Pieces:
         layers, dense = self.take(members)
         if places:
             naming = replace(self.naming, places=places, closed=False)
-            native.to_native(layers, dense, naming, self.outline.name, self.lite)
+            native.to_native(layers, dense, naming, self.outline.name)
         return Checkpoint(self.outline.name, dense, layers, self.outline.metadata)
 
 
@@ -76,23 +75,23 @@ def _safetensors(tensors: lazy.LazyTensors, metadata: Mapping[str, str], name: s
     load.mark(tensors, metadata, name)
     found, what = marks.read(metadata, config, name), lazy.entries(tensors)
     marks.refuse(what, found, name)
-    layers, dense = _outline(tensors, name)
+    layers, dense = _outline(tensors, name, found.lite)
     naming = None
     if layers:
         naming = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
         joined = {naming.prefix + s for p in naming.places if p.axis == ROWS and len(p.sources) > 1 for s in p.sources}
         if joined:
-            layers, dense = _outline(tensors, name, joined)
-        native.to_native(layers, dense, naming, name, found.lite)
+            layers, dense = _outline(tensors, name, found.lite, joined)
+        native.to_native(layers, dense, naming, name)
 
     def take(members: list[str]) -> tuple[Layers, Dense]:
         dense = {n: tensors[n] for n in members}
-        return load.take_layers(dense, name), dense
+        return load.take_layers(dense, name, lite=found.lite), dense
 
-    return Pieces(Checkpoint(name, dense, layers, metadata), _groups(what, naming), naming, found.lite, take)
+    return Pieces(Checkpoint(name, dense, layers, metadata), _groups(what, naming), naming, take)
 
 
-def _outline(tensors: lazy.LazyTensors, name: str, joined: Collection[str] = ()) -> tuple[Layers, Dense]:
+def _outline(tensors: lazy.LazyTensors, name: str, lite: bool, joined: Collection[str] = ()) -> tuple[Layers, Dense]:
     """The layers and dense tensors without values, those apart that decide. ``joined``: layers that become one."""
     dense = {}
     for n in tensors:
@@ -101,7 +100,7 @@ def _outline(tensors: lazy.LazyTensors, name: str, joined: Collection[str] = ())
             dense[n] = tensors[n]
         else:
             dense[n] = torch.empty(tensors.entry(n)[1], dtype=tensors.dtype(n), device="meta")
-    return load.take_layers(dense, name), dense
+    return load.take_layers(dense, name, lite=lite), dense
 
 
 def _gguf(path: Path) -> Pieces:
@@ -117,7 +116,7 @@ def _gguf(path: Path) -> Pieces:
     def take(members: list[str]) -> tuple[Layers, Dense]:
         return gguf.take(reader, path, [by_name[n] for n in members])
 
-    return Pieces(outline, _groups(by_name, naming), naming, False, take)
+    return Pieces(outline, _groups(by_name, naming), naming, take)
 
 
 def _groups(names: Collection[str], naming: native.Naming | None) -> list[tuple[tuple[Place, ...], list[str]]]:
