@@ -113,3 +113,19 @@ def test_every_relative_import_exists():
                     or parent.with_suffix(".py").exists()
                     or (parent / "__init__.py").exists()
                 ), f"{path}: {target}"
+
+
+MOST_LINES = 60
+SCHEMAS = {"define_schema"}  # tables in the shape that ComfyUI wants
+
+
+def test_functions_are_short_and_hold_no_class():
+    """A class in a function is a new one at each call, and its behaviour can be neither read nor tested alone."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            where = f"{path.relative_to(ROOT)}: {node.name}"
+            assert not any(isinstance(n, ast.ClassDef) for n in ast.walk(node)), f"{where} defines a class"
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES or node.name in SCHEMAS, f"{where} has {lines} lines"
