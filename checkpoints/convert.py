@@ -24,7 +24,7 @@ from ..writing.tensors import Entry, entries, nbytes
 from . import save
 from .errors import CheckpointError, naming
 from .formats import comfy_quant, core_quant
-from .quantized import SIDES
+from .marks import SIDES
 from .source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]  # done, total, what

@@ -52,14 +52,8 @@ def load(path: str | Path) -> Checkpoint:
         names = native.naming(shapes | {n: tuple(t.shape) for n, t in dense.items()}, {}, path.name)
         native.to_native(layers, dense, names, path.name)
         return Checkpoint(path.name, dense, layers, metadata)
-    files = folder.files(path)
-    heads = [(f, header.read(f)) for f in files]
-    metadata = {k: v for _, head in heads for k, v in head.metadata.items()}
-    tensors = lazy.LazyTensors(heads)
-    try:
-        return parse(tensors, metadata, path.name if len(files) > 1 else files[0].name, folder.config(path))
-    finally:
-        tensors.close()
+    with lazy.opened(path) as (name, tensors, metadata):
+        return parse(tensors, metadata, name, folder.config(path))
 
 
 def parse(

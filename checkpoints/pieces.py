@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..quant.parts import ROWS
-from . import folder, header, lazy, load, marks, native, quantized
+from . import folder, lazy, load, marks, native
 from .families import Place
 from .formats import bnb, comfy_quant, gguf
 from .formats.stored import StoredLayer
@@ -60,15 +60,8 @@ def opened(path: str | Path) -> Iterator[Pieces]:
     if gguf.is_gguf(path):
         yield _gguf(path)
         return
-    files = folder.files(path)
-    heads = [(f, header.read(f)) for f in files]
-    metadata = {k: v for _, head in heads for k, v in head.metadata.items()}
-    tensors = lazy.LazyTensors(heads)
-    try:
-        name = path.name if len(files) > 1 else files[0].name
+    with lazy.opened(path) as (name, tensors, metadata):
         yield _safetensors(tensors, metadata, name, folder.config(path))
-    finally:
-        tensors.close()
 
 
 def _safetensors(tensors: lazy.LazyTensors, metadata: Mapping[str, str], name: str, config: Mapping) -> Pieces:
@@ -136,7 +129,7 @@ def _groups(names: Collection[str], naming: native.Naming | None) -> list[tuple[
 
 def _layer(name: str, names: Collection[str]) -> str:
     """The layer that the tensor ``name`` is read with."""
-    layer, _ = quantized.layer_of(name)
+    layer, _ = marks.layer_of(name)
     while (part := PART.fullmatch(layer)) and part[1] + comfy_quant.SUFFIX in names:
         layer = part[1]
     return layer

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import folder, header, load, quantized
+from . import folder, header, load, marks
 from .errors import CheckpointError
 from .families import FamilySpec, KeyRule, by_diffusers_class, detect
 from .formats import comfy_quant
@@ -89,16 +89,13 @@ def open_source(path: str | Path) -> Source:
 
 def _read(name: str, files: list[Path]) -> header.Header:
     """The headers of ``files`` as one. Raises CheckpointError naming the layer for a model that is quantized."""
-    heads = [header.read(f) for f in files]
-    tensors = {n: e for h in heads for n, e in h.tensors.items()}
-    metadata = {k: v for h in heads for k, v in h.metadata.items()}
-    listed = {layer: str(c.get("format")) for layer, c in load.file_level(metadata, name).items()}
-    found = quantized.first(
-        {n: (e.dtype, e.shape) for n, e in tensors.items()}, listed, lambda layer: _format(files, layer)
-    )
+    head = header.merged(name, map(header.read, files))
+    listed = {layer: str(c.get("format")) for layer, c in load.file_level(head.metadata, name).items()}
+    what = {n: (e.dtype, e.shape) for n, e in head.tensors.items()}
+    found = marks.first_quantized(what, listed, lambda layer: _format(files, layer))
     if found is not None:
         raise CheckpointError(name, f"it is quantized already ({found[1]})", ORIGINAL, found[0])
-    return header.Header(name, tensors, metadata)
+    return head
 
 
 def _format(files: list[Path], layer: str) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...quant.gguf_blocks import BLOCKS, BY_NUMBER, decode
 from ...quant.weight_only import WeightOnly
-from .. import pages
+from .. import lazy
 from ..errors import CheckpointError
 from .stored import StoredLayer
 
@@ -131,7 +131,7 @@ def take(
 
 
 def _bytes(t, file: BinaryIO) -> Tensor:
-    data = pages.empty((int(t.n_bytes),), torch.uint8)
+    data = lazy.empty((int(t.n_bytes),), torch.uint8)
     file.seek(int(t.data_offset))
     if file.readinto(memoryview(data.numpy())) != len(data):
         raise ValueError("the file ends before it")

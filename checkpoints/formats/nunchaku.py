@@ -24,7 +24,7 @@ from ...quant import packing
 from ...quant.awq import AWQWeight
 from ...quant.nvfp4_lowrank import NVFP4LowRankWeight
 from ...quant.svdquant import SVDQuantWeight
-from .. import pages
+from .. import lazy
 from ..errors import naming
 from .stored import StoredLayer, all_finite
 
@@ -154,7 +154,7 @@ class Order:
         if not stored.numel():
             return stored.reshape(self.natural(*stored.shape))
         small = stored.reshape(self.split(*stored.shape)).permute(self.permute)
-        out = pages.empty(self.natural(*stored.shape), stored.dtype, stored)
+        out = lazy.empty(self.natural(*stored.shape), stored.dtype, stored)
         out.view(small.shape).copy_(small)
         return out
 
@@ -316,7 +316,7 @@ def unpack_awq(parts: dict[str, Tensor]) -> AWQWeight:
     scales, zeros = parts["wscales"][:groups].contiguous(), parts["wzeros"][:groups]
     zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
     # Some rows at a time: unpacked, a modulation of FLUX.1 takes eight times its bytes.
-    codes = pages.empty((n, k // 2), torch.int8, parts["qweight"])
+    codes = lazy.empty((n, k // 2), torch.int8, parts["qweight"])
     for i, rows in enumerate(parts["qweight"].split(AWQ_ROWS)):
         at = 4 * AWQ_ROWS * i
         codes[at : at + 4 * len(rows)] = packing.pack(awq_codes(rows))
