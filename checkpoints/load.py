@@ -57,9 +57,12 @@ def load(path: str | Path) -> Checkpoint:
 
 
 def parse(
-    tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str] | None, name: str, config: Mapping | None = None,
+    tensors: MutableMapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    name: str,
+    config: Mapping | None = None,
     core: Collection[str] = comfy_quant.CORE,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """Splits ``tensors`` (consumed) into dense tensors and 4-bit layers. Raises CheckpointError naming the layer.
 
     Configurations that live only in ComfyUI's ``_quantization_metadata`` are taken as if each layer carried its own.

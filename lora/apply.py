@@ -55,10 +55,6 @@ class Report:
         return self.named("shape")
 
     @property
-    def other_part(self) -> tuple[str, ...]:
-        return self.named("other part")
-
-    @property
     def unread(self) -> tuple[str, ...]:
         """The keys that are left, for reasons that lie in the file."""
         told = (*APPLIED, "unknown", "shape", "other part")

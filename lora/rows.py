@@ -25,10 +25,8 @@ from .status import Refused
 from .weights import DoraWeights, GloraWeights, LokrWeights, OftWeights, inner, lengths, low_rank_is_smaller
 
 # kind -> the tensors whose rows are the update's rows
-LEFT = {
-    "lora": ("up",), "loha": ("hada_w1_a", "hada_w2_a"), "diff": ("diff",), "set": ("set_weight",),
-    "bias": ("diff_b",),
-}  # fmt: skip
+LEFT = {"lora": ("up",), "loha": ("hada_w1_a", "hada_w2_a")}
+LEFT |= {"diff": ("diff",), "set": ("set_weight",), "bias": ("diff_b",)}
 OF_NUMBERS = ("diff", "set", "bias")  # what a norm or a bias can take
 
 
@@ -154,10 +152,7 @@ def _lokr(update: Update, spans: Sequence[tuple[int, int]]) -> Update:
 def _shaped(update: Update, region: Region) -> Update:
     """``update`` in the shapes that ComfyUI wants beside a weight of the region's shape."""
     n, *rest = region.shape
-    shapes = {
-        "diff": region.shape, "set_weight": region.shape, "diff_b": region.shape,
-        "rescale": (n, *(1 for _ in rest)),
-    }  # fmt: skip
+    shapes = dict.fromkeys(("diff", "set_weight", "diff_b"), region.shape) | {"rescale": (n, *(1 for _ in rest))}
     if isinstance(update.weights, DoraWeights):
         by_row = update.weights.by_row
         shapes["dora_scale"] = shapes["rescale"] if by_row else (1, rest[0], *(1 for _ in rest[1:]))

@@ -31,8 +31,7 @@ TENSORS = (*SIDES, "input_scale", "pre_quant_scale")  # what may stand beside th
 # Layouts whose scales lie in cuBLAS's blocks: (parameter, columns that share a scale)
 BLOCKED = {"TensorCoreNVFP4Layout": ("block_scale", 16), "TensorCoreMXFP8Layout": ("scale", 32)}
 # Layouts whose product wants its input quantized first; the others quantize it themselves.
-QUANTIZED_INPUT = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout", "TensorCoreMXFP8Layout",
-                   "TensorCoreNVFP4Layout")  # fmt: skip
+QUANTIZED_INPUT = tuple(f"TensorCore{name}Layout" for name in ("FP8", "FP8E4M3", "FP8E5M2", "MXFP8", "NVFP4"))
 
 
 @dataclass(frozen=True)

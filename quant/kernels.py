@@ -51,9 +51,7 @@ OURS = {SVDQUANT_LAYOUT: "svdquant_w4a4", AWQ_LAYOUT: "awq_w4a16", AWQ_LOW_RANK_
 BY_CLASS = {NVFP4LowRankWeight: "NibbleNVFP4LowRankLayout", WeightOnly: "NibbleWeightOnlyLayout"}
 ALIGN = 16
 CLASSES = {c.__name__: c for c in (SVDQuantWeight, AWQWeight, NVFP4LowRankWeight, WeightOnly)}
-FIXED = {"SVDQuantWeight": {"qweight"}, "AWQWeight": {"qweight"},
-         "NVFP4LowRankWeight": {"qweight", "block_scale", "channel_scale"},
-         "WeightOnly": {"qdata", "absmax", "table"}}  # fmt: skip
+FIXED = {"qweight", "qdata", "block_scale", "channel_scale", "absmax", "table"}  # fields that keep their dtype
 
 
 def wrap(
@@ -356,16 +354,16 @@ def _wrap_buffers(weight: Plain | Parts, dtype: torch.dtype | None) -> Quantized
     whole = weight if isinstance(weight, Parts) else Parts((weight,), ROWS)
     fixed, sides, spec = [], [], [whole.axis]
     for part in whole.parts:
-        name, entries = type(part).__name__, []
+        entries = []
         for f in dataclasses.fields(part):
             value = getattr(part, f.name)
             if not isinstance(value, Tensor):
                 entries.append((f.name, "value", value, ()))
                 continue
-            keeps = f.name in FIXED[name]
+            keeps = f.name in FIXED
             (fixed if keeps else sides).append(value)
             entries.append((f.name, "fixed" if keeps else "side", value.dtype if keeps else None, tuple(value.shape)))
-        spec.append((name, *entries))
+        spec.append((type(part).__name__, *entries))
     side_dtype = dtype or (sides[0].dtype if sides else torch.bfloat16)
     (n, k), device = whole.shape, fixed[0].device
     branch = [whole.proj_down, whole.proj_up]

@@ -21,6 +21,7 @@ from . import awq, core_low_rank, nvfp4_lowrank, svdquant, weight_only
 from .awq import AWQWeight
 from .core_low_rank import CoreLowRankWeight
 from .nvfp4_lowrank import NVFP4LowRankWeight
+from .packing import GROUP
 from .svdquant import SVDQuantWeight
 from .weight_only import WeightOnly
 
@@ -123,13 +124,12 @@ def crop(w: Plain, n: int, k: int) -> Plain:
     """The first N rows and K columns: what an exporter padded to its tile size. Only svdquant_w4a4 is padded."""
     if w.shape == (n, k):
         return w
-    if not isinstance(w, SVDQuantWeight) or n > w.shape[0] or k > w.shape[1] or k % svdquant.GROUP:
+    if not isinstance(w, SVDQuantWeight) or n > w.shape[0] or k > w.shape[1] or k % GROUP:
         raise ValueError(f"a stored weight of {w.shape} cannot be cut to {(n, k)}")
     w = take_rows(w, 0, n)
-    return replace(
-        w, qweight=w.qweight[:, : k // 2].contiguous(), wscales=w.wscales[: k // svdquant.GROUP].contiguous(),
-        smooth_factor=w.smooth_factor[:k].contiguous(), proj_down=w.proj_down[:k].contiguous(),
-    )  # fmt: skip
+    codes = dict(qweight=w.qweight[:, : k // 2].contiguous(), wscales=w.wscales[: k // GROUP].contiguous())
+    sides = {n: getattr(w, n)[:k].contiguous() for n in ("smooth_factor", "proj_down")}
+    return replace(w, **codes, **sides)
 
 
 def join(parts: Sequence[Plain], axis: str) -> Plain | Parts:

@@ -76,12 +76,8 @@ def rows(w: WeightOnly, start: int, stop: int) -> WeightOnly:
 def stack(parts: tuple[WeightOnly, ...]) -> WeightOnly | None:
     """The parts' rows one under the other as one weight, or None when their codes differ in kind."""
     first = parts[0]
-    same = all(
-        p.codec == first.codec and p.block == first.block and p.shape[1] == first.shape[1]
-        and (first.table is None or torch.equal(p.table, first.table))
-        for p in parts
-    )  # fmt: skip
-    if not same:
+    kinds = {(p.codec, p.block, p.shape[1]) for p in parts}
+    if len(kinds) > 1 or (first.table is not None and not all(torch.equal(p.table, first.table) for p in parts)):
         return None
     absmax = None if first.absmax is None else torch.cat([p.absmax for p in parts])
     shape = (sum(p.shape[0] for p in parts), first.shape[1])

@@ -22,11 +22,11 @@ from ...quant import core_low_rank, kernels
 from .patches import dense, grown, on_the_fly, shift_of
 
 # comfy-kitchen's suffixes of a weight's parts -> the on-disk names
-ON_DISK = {"": "weight", "_scale": "weight_scale", "_zeros": "weight_zero", "_smooth_factor": "smooth_factor",
-           "_proj_down": "proj_down", "_proj_up": "proj_up"}  # fmt: skip
+ON_DISK = {"": "weight", "_scale": "weight_scale", "_zeros": "weight_zero"}
+ON_DISK |= {f"_{name}": name for name in ("smooth_factor", "proj_down", "proj_up")}
 NO_MEANING = "holds .+, and nothing says what its numbers mean"  # a pattern: `load` looks for it in ComfyUI's error
-EMULATED = (("nvfp4", "supports_nvfp4_compute"), ("mxfp8", "supports_mxfp8_compute"),
-            ("float8_e4m3fn", "supports_fp8_compute"), ("float8_e5m2", "supports_fp8_compute"))  # fmt: skip
+EMULATED = {id: f"supports_{id}_compute" for id in ("nvfp4", "mxfp8")}
+EMULATED |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), "supports_fp8_compute")
 
 
 def kernel_dtype(x: torch.Tensor) -> torch.dtype:
@@ -63,7 +63,7 @@ def emulated_formats(device: torch.device) -> frozenset[str]:
     theirs = getattr(comfy.ops, "get_disabled_quant_formats", None)
     if theirs is not None:
         return frozenset(theirs(device) if inspect.signature(theirs).parameters else theirs())
-    asked = ((id, getattr(comfy.model_management, name, None)) for id, name in EMULATED)
+    asked = ((id, getattr(comfy.model_management, name, None)) for id, name in EMULATED.items())
     return frozenset(id for id, supports in asked if supports is not None and not supports(device))
 
 
@@ -169,8 +169,8 @@ class FourBitLinear:
         if unchanged and self.lora is None and not self.weight_function and not self.bias_function:
             return super().forward(input, *args, **kwargs)
         if args or kwargs:
-            raise TypeError(f"ComfyUI hands a 4-bit layer more than its input ({_named(args, kwargs)}), which this "
-                            "version of Nibble does not know. Update ComfyUI-Nibble")  # fmt: skip
+            what = f"ComfyUI hands a 4-bit layer more than its input ({_named(args, kwargs)})"
+            raise TypeError(f"{what}, which this version of Nibble does not know. Update ComfyUI-Nibble")
         comfy.ops.run_every_op()
         if not kernels.is_quantized(self.weight):
             return self._dense_forward(input)
@@ -195,19 +195,25 @@ class FourBitLinear:
         if functions:
             self.weight_function = []
         try:
-            return comfy.ops.CastBiasWeightContext(
-                self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=kernel_dtype(input),
-                offloadable=True, compute_dtype=input.dtype, want_requant=True,
-            )  # fmt: skip
+            return self._cast(input, kernel_dtype(input), True)
         finally:
             if functions:
                 self.weight_function = functions
 
+    def _cast(self, input, bias_dtype, quantized: bool):
+        return comfy.ops.CastBiasWeightContext(
+            self,
+            input=None,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=bias_dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=quantized,
+        )
+
     def _dense_forward(self, input):
-        with comfy.ops.CastBiasWeightContext(
-            self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
-            offloadable=True, compute_dtype=input.dtype, want_requant=False,
-        ) as (weight, bias):  # fmt: skip
+        with self._cast(input, input.dtype, False) as (weight, bias):
             return self._dense_linear(input, weight, bias)
 
     def _dense_linear(self, input, weight, bias):
