@@ -11,9 +11,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
-from ..quant import core_formats
 from ..quant.calib.engine import Layer
-from ..quant.checks import require_float
 from ..quant.modules import blank, moved, quantize_weight
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan, retarget
@@ -222,14 +220,13 @@ def _quantize_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: to
     full = source.prefix + layer
     ready = options.solved.get(layer)
     if ready is not None:
-        solved = (options.kept(layer) if ready.away else ready).solved
-        weight, bias, error = solved.weight, solved.bias, solved.error
+        done = (options.kept(layer) if ready.away else ready).solved
     else:
-        weight, bias, error = _data_free(source, full, layer_plan, dtype, options)
-    n, k = weight.shape
-    stored = _stored(full, weight, bias, dtype, options.tiled)
+        done = _data_free(source, full, layer_plan, dtype, options)
+    n, k = done.weight.shape
+    stored = _stored(full, done.weight, done.bias, dtype, options.tiled)
     after = nbytes(entries({n: t for n, t in stored.items() if n != f"{full}.bias"}))
-    return stored, Converted(layer, layer_plan, error, 2 * n * k, after)
+    return stored, Converted(layer, layer_plan, done.error, 2 * n * k, after)
 
 
 def _stored(full: str, weight, bias: Tensor | None, dtype: torch.dtype, tiled: bool) -> dict[str, Tensor]:
@@ -250,10 +247,4 @@ def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dt
     weight = source.get(f"{full}.weight").to(options.device)
     bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
     with naming(source.name, REPAIR, full, (ValueError,)):
-        require_float(weight)
-        if layer_plan.scheme in core_formats.FORMATS:
-            q = core_formats.quantize(weight, layer_plan.scheme, dtype)
-            error = (q.dequantize().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
-            return q, bias, float(error)
-        q = quantize_weight(weight, bias, layer_plan, dtype, options.seed)
-        return q.weight, q.bias, q.error
+        return quantize_weight(weight, bias, layer_plan, dtype, options.seed)

@@ -122,8 +122,8 @@ STRANGERS = (
         "scaled fp8 without its description",
         lambda p: "comfy_quant" not in p and _has(p, "weight") and p["weight"][0].startswith("F8")
         and any(n in p for n in FP8_SCALES),
-        "its fp8 weight has a scale beside it, and neither a comfy_quant entry nor the mark scaled_fp8: ComfyUI would "
-        "leave the scale out",
+        "its fp8 weight has a scale beside it, and neither a comfy_quant entry nor the mark scaled_fp8: "
+        "ComfyUI would leave the scale out",
         "Take the model's ComfyUI version, or export it again for ComfyUI",
     ),
     Stranger("HQQ", lambda p: _has(p, "W_q", "scale", "zero"), "it is an HQQ layer, which this version does not read"),

@@ -163,15 +163,14 @@ def sites_for(model: nn.Module, adapter: ImagePrompt, name: str) -> list[Site]:
     found = sites(model)
     if not found:
         raise ValueError(
-            f"{name} has no cross-attention to text (attn2), which is where an IP-Adapter works. Use a UNet, such as "
-            "SD1.5 or SDXL, with an IP-Adapter made for it"
+            f"{name} has no cross-attention to text (attn2), which is where an IP-Adapter works. "
+            "Use a UNet, such as SD1.5 or SDXL, with an IP-Adapter made for it"
         )
     context = adapter.image_proj.context
     if [(s.hidden, s.context) for s in found] != [(n, context) for n in adapter.widths]:
-        raise ValueError(
-            f"this IP-Adapter is for {_model(len(adapter.layers), context)}, and {name} has {len(found)} "
-            f"cross-attentions and text width {found[0].context}. Load an IP-Adapter that was made for this model"
-        )
+        has = f"{len(found)} cross-attentions and text width {found[0].context}"
+        what = f"this IP-Adapter is for {_model(len(adapter.layers), context)}, and {name} has {has}"
+        raise ValueError(f"{what}. Load an IP-Adapter that was made for this model")
     return found
 
 

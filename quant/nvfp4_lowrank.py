@@ -112,8 +112,8 @@ def unblocked(scale: Tensor, n: int, groups: int) -> Tensor:
 @lru_cache(maxsize=1)
 def _say_emulated() -> None:
     log.warning(
-        "This GPU has no FP4 tensor cores: an nvfp4 model is emulated on it, in 16-bit speed. An int4 file of the same "
-        "model runs natively on it; NVIDIA Blackwell runs this one natively"
+        "This GPU has no FP4 tensor cores: an nvfp4 model is emulated on it, in 16-bit speed. "
+        "An int4 file of the same model runs natively on it; NVIDIA Blackwell runs this one natively"
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
-from ...slim.choose import Choice, Key, Wish, choose
+from ...slim.choose import Key, Slimming, Wish, choose
 from ...slim.operations import CONVOLUTIONS, POOL, RELU, Stage, pool_area, pooled, relu_attention
 from . import selfcheck
 from . import slim_blocks as places
@@ -47,7 +47,7 @@ def price(model, wish: Wish, inputs: Inputs, node_id: str | None = None) -> Fact
     """What is to be changed, made and measured; ``model`` stays as it is. Raises as `slim`."""
     found = places.blocks(model)
     chosen = choose([b.place for b in found], wish)
-    changes = tuple(c for b in found for c in _changes(b, chosen.get(b.place.key, Choice())))
+    changes = tuple(c for b in found for c in _changes(b, chosen.get(b.place.key, Slimming())))
     groups = _groups(changes)
     layers = [name for c in changes if c.kind == CONVOLUTION for name in c.layers]
     progress = _Progress(node_id, len(layers) + len(groups) * inputs.levels * len(inputs.prompts))
@@ -56,7 +56,7 @@ def price(model, wish: Wish, inputs: Inputs, node_id: str | None = None) -> Fact
     return Facts(model, plan, inputs, prices)
 
 
-def _changes(block: places.Block, choice: Choice) -> list[Change]:
+def _changes(block: places.Block, choice: Slimming) -> list[Change]:
     out = []
     if choice.attention:
         out.append(Change(block.place.key, ATTENTION, choice.attention, block.attentions))

@@ -20,9 +20,8 @@ from ..modules import moved
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
-from .observe import DEFAULT_BUDGET, Observer, runs_needed
+from .observe import DEFAULT_BUDGET, Observer, Reservoir, limit_for, runs_needed
 from .presets import Preset
-from .reservoir import Reservoir, limit_for
 from .solve import Sample, Solved, solve_best
 
 METHOD = 2  # goes up when the same inputs give other layers, so that those kept by an unfinished run are not taken

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_nibble.quant import scales
 from comfyui_nibble.quant.calib import gptq, low_rank, presets, published, smooth
-from comfyui_nibble.quant.calib.reservoir import Reservoir, limit_for
+from comfyui_nibble.quant.calib.observe import Reservoir, limit_for
 
 from .layers import synthetic
 
