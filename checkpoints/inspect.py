@@ -130,9 +130,9 @@ def inspect(path: str | Path) -> Inspection:
             return _gguf(gguf.open_file(path), path)
     files, head = headers(path)
     configs = _configs(files, head)
-    said, packed = _packed(files, head, configs, path)
+    declared, packed = _packed(files, head, configs, path)
     shapes = logical.shapes(head.tensors, configs) | {f"{n}.weight": (x.n, x.k) for n, x in packed.items()}
-    names = native.naming({n: e.shape for n, e in head.tensors.items()} | shapes, said.config, head.name)
+    names = native.naming({n: e.shape for n, e in head.tensors.items()} | shapes, declared.config, head.name)
     start, end = len(names.prefix), ".weight"
     layers = {n[: -len(end)]: s for n, s in shapes.items() if n.startswith(names.prefix) and n.endswith(end)}
     layers = {n: s for n, s in layers.items() if len(s) == 2}
@@ -149,7 +149,7 @@ def inspect(path: str | Path) -> Inspection:
         scheme, why = _what(head, name, config, plans[name[start:]])
         rows.append(_row(name[start:], scheme, shape, rank, nbytes, why))
     record = _record(head)
-    maker = _maker(packed, said) or ("this pack" if record else "")
+    maker = _maker(packed, declared) or ("this pack" if record else "")
     return _inspection(head.name, names, rows, head.nbytes, record, maker)
 
 
@@ -159,8 +159,8 @@ def _packed(files: list[Path], head: header.Header, configs: Mapping, path: Path
     """
     what = {n: (e.dtype, e.shape) for n, e in head.tensors.items()}
     what |= {n + comfy_quant.SUFFIX: ("U8", ()) for n in configs}
-    said = marks.read(head.metadata, folder.config(path), head.name)
-    marks.refuse(what, said, head.name)
+    declared = marks.read(head.metadata, folder.config(path), head.name)
+    marks.refuse(what, declared, head.name)
     out = {}
     for layer, parts in marks.layers_of(what).items():
         if nunchaku.END[1:] in parts:
@@ -173,7 +173,7 @@ def _packed(files: list[Path], head: header.Header, configs: Mapping, path: Path
             shape = bnb.state(read())["shape"]
         nbytes = sum(e.nbytes for t, e in head.tensors.items() if t.startswith(f"{layer}.weight"))
         out[layer] = _row(layer, kinds[layer], shape, 0, nbytes)
-    return said, out
+    return declared, out
 
 
 def _small(files: Iterable[Path], wanted: Callable[[str], bool]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -185,13 +185,13 @@ def _small(files: Iterable[Path], wanted: Callable[[str], bool]) -> Iterator[tup
                     yield name, partial(f.get_tensor, key)
 
 
-def _maker(packed: Mapping[str, Row], said: marks.Marks) -> str:
+def _maker(packed: Mapping[str, Row], declared: marks.Marks) -> str:
     if not packed:
         return ""
-    if said.lite:
+    if declared.lite:
         return "diffusers (Nunchaku Lite)"
     makers = sorted({forms.FORMS[row.scheme].written_by for row in packed.values()})
-    return ", ".join(makers) + (f", as {said.model_class[:80]}" if said.model_class else "")
+    return ", ".join(makers) + (f", as {declared.model_class[:80]}" if declared.model_class else "")
 
 
 def _gguf(reader, path: Path) -> Inspection:

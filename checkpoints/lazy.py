@@ -80,25 +80,27 @@ class LazyTensors(MutableMapping):
     def __getitem__(self, name: str) -> Tensor:
         if name in self._held:
             return self._held[name]
-        file, start, entry, home = self._places[name]
+        file, start, entry, source = self._places[name]
         dtype = self.dtype(name)
         data = empty((entry.nbytes,), torch.uint8)
         try:
             file.seek(start)
             read = file.readinto(memoryview(data.numpy()))
         except OSError as e:
-            raise CheckpointError(home, f"it cannot be read ({e.strerror})", header.AGAIN, name) from e
+            raise CheckpointError(source, f"it cannot be read ({e.strerror})", header.AGAIN, name) from e
         if read != entry.nbytes:
-            raise CheckpointError(home, "not a whole safetensors file (it is truncated)", header.AGAIN, name)
+            raise CheckpointError(source, "not a whole safetensors file (it is truncated)", header.AGAIN, name)
         return data.view(dtype).reshape(entry.shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Raises CheckpointError for a type that this version does not know."""
         if name in self._held:
             return self._held[name].dtype
-        _, _, entry, home = self._places[name]
+        _, _, entry, source = self._places[name]
         if entry.dtype not in DTYPES:
-            raise CheckpointError(home, f"its type {entry.dtype} is unknown to this version", "Update this pack", name)
+            raise CheckpointError(
+                source, f"its type {entry.dtype} is unknown to this version", "Update this pack", name
+            )
         return DTYPES[entry.dtype]
 
     def __setitem__(self, name: str, value: Tensor) -> None:

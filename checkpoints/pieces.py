@@ -114,15 +114,15 @@ def _gguf(path: Path) -> Pieces:
 
 def _groups(names: Collection[str], naming: native.Naming | None) -> list[tuple[tuple[Place, ...], list[str]]]:
     """(a place, or none; the tensors of it) for all ``names``, in their order."""
-    home: dict[str, Place] = {}
+    by_name: dict[str, Place] = {}
     places = naming.places if naming else ()
     for name, place in [(n, p) for p in places for n in p.sources] + [(n, p) for p in places for n in p.natives]:
-        home.setdefault(naming.prefix + name, place)
+        by_name.setdefault(naming.prefix + name, place)
     out: dict[object, tuple[tuple[Place, ...], list[str]]] = {}
     known = set(names)
     for name in names:
         layer = _layer(name, known)
-        place = home.get(name) or home.get(layer)
+        place = by_name.get(name) or by_name.get(layer)
         out.setdefault(place or layer, ((place,) if place else (), []))[1].append(name)
     return list(out.values())
 

@@ -119,8 +119,8 @@ def _known(config: Mapping) -> FamilySpec | None:
 
 def _from_folder(path: Path, files: list[Path] | None = None) -> Source:
     """The model of a diffusers folder. ``files``: those that were asked for, where there are others beside them."""
-    home = folder.home(path)
-    name = f"{path.name}/{home.name}" if home != path else path.name
+    inner = folder.denoiser_folder(path)
+    name = f"{path.name}/{inner.name}" if inner != path else path.name
     config = folder.config(path)
     if not config:
         remedy = "Give a folder with unet/config.json or transformer/config.json, or a safetensors file"

@@ -56,16 +56,16 @@ def from_shapes(shapes: projection.Shapes, device=None) -> nn.Module:
 
     Raises ValueError, in a sentence, for keys that are neither or that none of the two would use.
     """
-    prefix, own = unicontrol.PREFIX, _below(shapes, unicontrol.PREFIX)
-    if own:
-        built: nn.Module = unicontrol.from_shapes(own, device)
+    prefix, keys = unicontrol.PREFIX, _below(shapes, unicontrol.PREFIX)
+    if keys:
+        built: nn.Module = unicontrol.from_shapes(keys, device)
     else:
-        prefix, own = "", _below(shapes, "")
-        built = _image_prompt(own, device)
+        prefix, keys = "", _below(shapes, "")
+        built = _image_prompt(keys, device)
     expected = {k: tuple(v.shape) for k, v in built.state_dict().items()}
-    for name in sorted(expected.keys() | own.keys()):
-        if expected.get(name) != own.get(name):
-            found, wanted = own.get(name, "missing"), expected.get(name, "no such key")
+    for name in sorted(expected.keys() | keys.keys()):
+        if expected.get(name) != keys.get(name):
+            found, wanted = keys.get(name, "missing"), expected.get(name, "no such key")
             raise ValueError(f"{prefix}{name} is {found}, expected {wanted}")
     return built
 
@@ -150,8 +150,8 @@ def _new_layer(attn: nn.Module, site: Site, rank: int) -> ImageAttention:
         inputs = {"to_k_ip": c, "to_v_ip": c, "to_q_ip": n, "to_out_ip": n}
         return ImageAttention({name: Factored(size, n, rank) for name, size in inputs.items()})
     layer = ImageAttention({"to_k_ip": Full(c, n), "to_v_ip": Full(c, n)})
-    for own, text in ((layer.to_k_ip, attn.to_k), (layer.to_v_ip, attn.to_v)):
-        own.weight.data.copy_(text.weight.data)
+    for image, text in ((layer.to_k_ip, attn.to_k), (layer.to_v_ip, attn.to_v)):
+        image.weight.data.copy_(text.weight.data)
     return layer
 
 

@@ -78,11 +78,11 @@ def has_kernel(layout: str) -> bool:
     return layout not in QUANTIZED_INPUT or get_layout_class(layout).supports_fast_matmul()
 
 
-def beside(base: QuantizedTensor, **more) -> CoreLowRankWeight:
-    """A weight in one of ComfyUI's formats as one with a branch of rank 0. ``more``: what its layer holds besides."""
+def beside(base: QuantizedTensor, **extras) -> CoreLowRankWeight:
+    """A weight in one of ComfyUI's formats as one with a branch of rank 0. ``extras``: what its layer holds besides."""
     n, k = base.shape
     empty = [torch.empty(size, 0, dtype=base.dtype, device=base._qdata.device) for size in (k, n)]
-    return CoreLowRankWeight(base, *empty, **more)
+    return CoreLowRankWeight(base, *empty, **extras)
 
 
 def dequantize(w: CoreLowRankWeight) -> Tensor:

@@ -412,8 +412,8 @@ def _unwrap_buffers(weight: QuantizedTensor) -> Plain | Parts:
     """
     w = _views(weight._qdata, weight._params)
     if isinstance(w, Parts) and len(w.parts) == 1 and isinstance(w.parts[0], NVFP4LowRankWeight):
-        own, names = w.parts[0], ("proj_down", "proj_up")  # both branches see the raw x
-        return replace(own, **{n: torch.cat([getattr(own, n), getattr(w, n)], 1) for n in names})
+        part, names = w.parts[0], ("proj_down", "proj_up")  # both branches see the raw x
+        return replace(part, **{n: torch.cat([getattr(part, n), getattr(w, n)], 1) for n in names})
     return w
 
 
@@ -471,8 +471,8 @@ class _Branch:
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params) -> dict[str, Tensor]:
-        ours = {f"_{n}": getattr(params, n) for n in core_low_rank.TENSORS if getattr(params, n) is not None}
-        return super().state_dict_tensors(qdata, params) | ours
+        extras = {f"_{n}": getattr(params, n) for n in core_low_rank.TENSORS if getattr(params, n) is not None}
+        return super().state_dict_tensors(qdata, params) | extras
 
 
 @lru_cache(maxsize=64)
@@ -500,5 +500,5 @@ def _unwrap_core(weight: QuantizedTensor) -> CoreLowRankWeight:
     p, name = _upright(weight._params), get_layout_class(weight._layout_cls).base_layout
     plain = get_layout_class(name).Params
     base = plain(**{f.name: getattr(p, f.name) for f in dataclasses.fields(plain)})
-    own = {f.name: getattr(p, f.name) for f in dataclasses.fields(CoreLowRankWeight) if f.name != "base"}
-    return CoreLowRankWeight(QuantizedTensor(weight._qdata, name, base), **own)
+    extras = {f.name: getattr(p, f.name) for f in dataclasses.fields(CoreLowRankWeight) if f.name != "base"}
+    return CoreLowRankWeight(QuantizedTensor(weight._qdata, name, base), **extras)

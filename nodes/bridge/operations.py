@@ -157,10 +157,10 @@ class FourBitLinear:
         if kernels.is_ours(weight):
             return weight
         full = bool(getattr(self, "_full_precision_mm_config", False))
-        more = {n: getattr(self, n, None) for n in core_quant.EXTRAS}
-        more = {n: None if t is None else t.to(weight._qdata.device) for n, t in more.items()}
+        extras = {n: getattr(self, n, None) for n in core_quant.EXTRAS}
+        extras = {n: None if t is None else t.to(weight._qdata.device) for n, t in extras.items()}
         emulate = self._full_precision_mm and not full
-        return kernels.wrap(core_low_rank.beside(weight, **more, emulate=emulate, full_precision=full))
+        return kernels.wrap(core_low_rank.beside(weight, **extras, emulate=emulate, full_precision=full))
 
     def forward(self, input, *args, **kwargs):
         if not self.is_quantized:
