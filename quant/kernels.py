@@ -51,7 +51,6 @@ OURS = {SVDQUANT_LAYOUT: "svdquant_w4a4", AWQ_LAYOUT: "awq_w4a16", AWQ_LOW_RANK_
 BY_CLASS = {NVFP4LowRankWeight: "NibbleNVFP4LowRankLayout", WeightOnly: "NibbleWeightOnlyLayout"}
 ALIGN = 16
 CLASSES = {c.__name__: c for c in (SVDQuantWeight, AWQWeight, NVFP4LowRankWeight, WeightOnly)}
-FIXED = {"qweight", "qdata", "block_scale", "channel_scale", "absmax", "table"}  # fields that keep their dtype
 
 
 def wrap(
@@ -360,7 +359,7 @@ def _wrap_buffers(weight: Plain | Parts, dtype: torch.dtype | None) -> Quantized
             if not isinstance(value, Tensor):
                 entries.append((f.name, "value", value, ()))
                 continue
-            keeps = f.name in FIXED
+            keeps = f.name not in getattr(part, "SIDES", ())
             (fixed if keeps else sides).append(value)
             entries.append((f.name, "fixed" if keeps else "side", value.dtype if keeps else None, tuple(value.shape)))
         spec.append((type(part).__name__, *entries))

@@ -27,18 +27,19 @@ from comfy_kitchen.tensor.nvfp4 import TensorCoreNVFP4Layout
 from torch import Tensor
 
 from .checks import require_shapes
+from .packing import Packed
 
 GROUP = 16
 LAYOUT = "TensorCoreNVFP4Layout"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SIDES = ("smooth_factor", "proj_down", "proj_up")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NVFP4LowRankWeight:
+class NVFP4LowRankWeight(Packed):
     """A quantized (N, K) weight; see the table above. Raises ValueError when shapes do not belong together."""
 
+    SIDES = ("smooth_factor", "proj_down", "proj_up")
     qweight: Tensor
     block_scale: Tensor
     channel_scale: Tensor
@@ -52,18 +53,6 @@ class NVFP4LowRankWeight:
             raise ValueError(f"svdquant_nvfp4: N={n} and K={k} must be multiples of 16")
         expected = dict(block_scale=(n, k // GROUP), channel_scale=(n,), smooth_factor=(k,))
         require_shapes(self, "svdquant_nvfp4", **expected, proj_down=(k, self.rank), proj_up=(n, self.rank))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self) -> int:
-        return self.proj_down.shape[-1]
-
-    def to(self, dtype: torch.dtype) -> NVFP4LowRankWeight:
-        """The same weight with its 16-bit tensors in ``dtype``; codes and scales stay as they are."""
-        return replace(self, **{n: getattr(self, n).to(dtype) for n in SIDES})
 
 
 def codes(w: NVFP4LowRankWeight) -> Tensor:

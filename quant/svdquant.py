@@ -20,22 +20,23 @@ Storage range is [-8, 7]; the activation quantizer emits [-7, 7]. Source: comfy-
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import scales
 from .checks import require_shapes
-from .packing import GROUP, unpack_signed
+from .packing import GROUP, Packed, unpack_signed
 
 SHIFT = 0.171875  # 11/64, just over the minimum of GELU
 
 
 @dataclass(frozen=True)
-class SVDQuantWeight:
+class SVDQuantWeight(Packed):
     """A quantized (N, K) weight; see the table above. Raises ValueError when shapes do not belong together."""
 
+    SIDES = ("wscales", "smooth_factor", "proj_down", "proj_up")
     qweight: Tensor
     wscales: Tensor
     smooth_factor: Tensor
@@ -49,21 +50,6 @@ class SVDQuantWeight:
             raise ValueError(f"svdquant_w4a4: K={k} is not a multiple of {GROUP}")
         branch = dict(proj_down=(k, self.rank), proj_up=(n, self.rank))
         require_shapes(self, "svdquant_w4a4", wscales=(k // GROUP, n), smooth_factor=(k,), **branch)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self) -> int:
-        return self.proj_down.shape[-1]
-
-    def to(self, dtype: torch.dtype) -> SVDQuantWeight:
-        """The same weight with its side tensors in ``dtype``; codes stay as they are."""
-        sides = {
-            f.name: getattr(self, f.name).to(dtype) for f in fields(self) if f.name not in ("qweight", "act_unsigned")
-        }
-        return replace(self, **sides)
 
 
 def blank(n: int, k: int, rank: int, dtype: torch.dtype, act_unsigned: bool = False) -> SVDQuantWeight:
