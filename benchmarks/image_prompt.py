@@ -19,9 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfyui_nibble import adapters, demo
+from comfyui_nibble import demo
 from comfyui_nibble.demo import evaluate, image_prompt, tower
 from comfyui_nibble.headless import pipeline
+from comfyui_nibble.image_prompt import attach
+from comfyui_nibble.image_prompt import read as read_adapter
 from comfyui_nibble.metrics.features import paired_cosine
 from comfyui_nibble.reading import picture
 from safetensors.torch import load_file
@@ -93,8 +95,8 @@ def measure(given: Task, rank: int, say: Callable[[str], None]) -> list[Row]:
         say(f"{precision}: text only")
         plain = given.seen(evaluate.draw(pipe, list(given.captions), evaluate.STEPS, evaluate.GUIDANCE))
         for name, path in demo.IP_ADAPTERS.items():
-            adapter = adapters.read({k: v.float() for k, v in load_file(path).items()})
-            adapters.attach(pipe.unet, adapter)
+            adapter = read_adapter({k: v.float() for k, v in load_file(path).items()})
+            attach(pipe.unet, adapter)
             for case, weight in CASES:
                 say(f"{precision}: {name}, {case} at {weight}")
                 rows.append(_row((precision, name, case, weight), pipe, adapter, plain, given))

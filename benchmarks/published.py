@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from comfyui_nibble.quant import scales
 from comfyui_nibble.quant.calib import low_rank
 from comfyui_nibble.quant.calib.presets import Preset
+from comfyui_nibble.quant.calib.smooth import WEIGHT_STEPS
+from comfyui_nibble.quant.scales import rounded
 from torch import Tensor
 
 TOKENS = 1024
@@ -22,21 +23,6 @@ STEPS = 20
 GRID = (
     [(0.0, 0.0)] + [(i / STEPS, 0.0) for i in range(1, STEPS)] + [(i / STEPS, 1 - i / STEPS) for i in range(1, STEPS)]
 )
-
-
-def rounded(x: Tensor, shift: float, qmax: int) -> Tensor:
-    """Per-row, per-group rounding of smoothed activations ``x`` (T, K), and back."""
-    groups = x.unflatten(-1, (-1, scales.GROUP))
-    step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / qmax
-    low = 0 if qmax == 15 else -qmax
-    return ((groups / step).round().clamp(low, qmax) * step).flatten(-2)
-
-
-def nearest(w: Tensor) -> Tensor:
-    """absmax / 7 per group of 64 and back, (N, K)."""
-    groups = w.unflatten(-1, (-1, scales.GROUP))
-    step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 7
-    return ((groups / step).round().clamp(-7, 7) * step).flatten(-2)
 
 
 def search(w: Tensor, x: Tensor, amax: Tensor, rank: int, shift: float, qmax: int, seed: int) -> Tensor:
@@ -48,8 +34,8 @@ def search(w: Tensor, x: Tensor, amax: Tensor, rank: int, shift: float, qmax: in
     for a, b in GRID:
         s = (amax**a / wmax**b).clamp(1e-4, 1e4)
         up, down = low_rank.truncated(w * s, rank, seed)
-        residual = nearest(w * s - up @ down.t())
-        seen = rounded((x + shift) / s, shift, qmax)
+        residual = rounded(w * s - up @ down.t(), WEIGHT_STEPS)
+        seen = rounded((x + shift) / s, qmax)
         got = seen @ residual.t() + (x / s) @ down @ up.t() - shift * (residual / s).sum(1)
         error = float((got - y).square().sum())
         if error < lowest:
@@ -64,7 +50,7 @@ def iterate(w: Tensor, s: Tensor, branch: tuple[Tensor, Tensor], x: Tensor, seed
     target, y = w * s, x @ w.t()
 
     def left(up: Tensor, down: Tensor) -> Tensor:
-        return nearest(target - up @ (down * s.unsqueeze(1)).t())
+        return rounded(target - up @ (down * s.unsqueeze(1)).t(), WEIGHT_STEPS)
 
     def error(up: Tensor, down: Tensor) -> float:
         return float((x @ (left(up, down) / s + up @ down.t()).t() - y).square().sum())

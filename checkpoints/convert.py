@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
-from ..quant import core_formats
 from ..quant.calib.engine import Layer
-from ..quant.checks import require_float
 from ..quant.modules import blank, moved, quantize_weight
 from ..quant.packing import tiles_fit
 from ..quant.policy import LayerPlan, plan, retarget
@@ -23,12 +20,13 @@ from ..quant.svdquant import SVDQuantWeight
 from ..writing.room import check_room
 from ..writing.tensors import Entry, entries, nbytes
 from . import save
-from .errors import CheckpointError
+from .errors import CheckpointError, naming
 from .formats import comfy_quant, core_quant
-from .quantized import SIDES
+from .marks import SIDES
 from .source import FLOATS, Source
 
 Progress = Callable[[int, int, str], None]  # done, total, what
+REPAIR = "Repair the checkpoint, or keep this layer in 16 bits"
 NAMES = ("comfy_quant", *SIDES)  # below a layer: what no float source may hold already
 
 
@@ -186,7 +184,7 @@ def _blank_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: torch
         name, bias = f"{full}.bias", None
         if name in source.shapes:
             bias = torch.empty(source.shapes[name], dtype=source.dtype(name), device="meta")
-        with _naming(source, full):
+        with naming(source.name, REPAIR, full, (ValueError,)):
             weight, bias = blank(source.shapes[f"{full}.weight"], bias, layer_plan, dtype)
     return _stored(full, weight, bias, dtype, options.tiled)
 
@@ -222,14 +220,13 @@ def _quantize_layer(source: Source, layer: str, layer_plan: LayerPlan, dtype: to
     full = source.prefix + layer
     ready = options.solved.get(layer)
     if ready is not None:
-        solved = (options.kept(layer) if ready.away else ready).solved
-        weight, bias, error = solved.weight, solved.bias, solved.error
+        done = (options.kept(layer) if ready.away else ready).solved
     else:
-        weight, bias, error = _data_free(source, full, layer_plan, dtype, options)
-    n, k = weight.shape
-    stored = _stored(full, weight, bias, dtype, options.tiled)
+        done = _data_free(source, full, layer_plan, dtype, options)
+    n, k = done.weight.shape
+    stored = _stored(full, done.weight, done.bias, dtype, options.tiled)
     after = nbytes(entries({n: t for n, t in stored.items() if n != f"{full}.bias"}))
-    return stored, Converted(layer, layer_plan, error, 2 * n * k, after)
+    return stored, Converted(layer, layer_plan, done.error, 2 * n * k, after)
 
 
 def _stored(full: str, weight, bias: Tensor | None, dtype: torch.dtype, tiled: bool) -> dict[str, Tensor]:
@@ -249,20 +246,5 @@ def stored_layer(full: str, weight, dtype: torch.dtype, tiled: bool = False) -> 
 def _data_free(source: Source, full: str, layer_plan: LayerPlan, dtype: torch.dtype, options: Options):
     weight = source.get(f"{full}.weight").to(options.device)
     bias = source.get(f"{full}.bias").to(options.device) if f"{full}.bias" in source.shapes else None
-    with _naming(source, full):
-        require_float(weight)
-        if layer_plan.scheme in core_formats.FORMATS:
-            q = core_formats.quantize(weight, layer_plan.scheme, dtype)
-            error = (q.dequantize().float() - weight.float()).norm() / weight.float().norm().clamp(min=1e-30)
-            return q, bias, float(error)
-        q = quantize_weight(weight, bias, layer_plan, dtype, options.seed)
-        return q.weight, q.bias, q.error
-
-
-@contextmanager
-def _naming(source: Source, layer: str) -> Iterator[None]:
-    """What is wrong with a layer becomes a sentence that names it."""
-    try:
-        yield
-    except ValueError as e:
-        raise CheckpointError(source.name, str(e), "Repair the checkpoint, or keep this layer in 16 bits", layer) from e
+    with naming(source.name, REPAIR, full, (ValueError,)):
+        return quantize_weight(weight, bias, layer_plan, dtype, options.seed)

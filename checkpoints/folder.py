@@ -35,7 +35,7 @@ def _json(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def home(path: Path) -> Path:
+def denoiser_folder(path: Path) -> Path:
     """The folder that holds the denoiser's files."""
     if not path.is_dir():
         return path.parent
@@ -49,25 +49,25 @@ def _of_folder(path: Path) -> bool:
 
 def config(path: Path) -> Mapping:
     """The config.json of the folder that ``path`` is or belongs to, else {}."""
-    return _json(home(path) / "config.json") if _of_folder(path) else {}
+    return _json(denoiser_folder(path) / "config.json") if _of_folder(path) else {}
 
 
 def files(path: Path) -> list[Path]:
     """Every file that belongs to the model at ``path``. Raises CheckpointError when some are not there."""
-    at = home(path)
+    base = denoiser_folder(path)
     shard = SHARD.fullmatch(path.name) if path.is_file() else None
     if shard:
         return _shards(path, shard)
     if not _of_folder(path):
         return [path]
-    if (at / PARTS[0]).is_file() and path.name != STEM:
-        return _present([at / p for p in PARTS])
-    return _in_folder(path, at) if path.is_dir() else [path]
+    if (base / PARTS[0]).is_file() and path.name != STEM:
+        return _present([base / p for p in PARTS])
+    return _in_folder(path, base) if path.is_dir() else [path]
 
 
-def _in_folder(path: Path, at: Path) -> list[Path]:
-    """The files of the one model in the folder ``at``."""
-    indexes = [f for f in at.iterdir() if INDEX.fullmatch(f.name)]
+def _in_folder(path: Path, base: Path) -> list[Path]:
+    """The files of the one model in the folder ``base``."""
+    indexes = [f for f in base.iterdir() if INDEX.fullmatch(f.name)]
     if indexes:
         # diffusers keeps smaller variants (fp16) of a model beside it, with indexes of their own
         plain = [f for f in indexes if not INDEX.fullmatch(f.name)[2]] or indexes
@@ -75,7 +75,7 @@ def _in_folder(path: Path, at: Path) -> list[Path]:
         if len(chosen) == 1:
             return _listed(chosen[0])
         raise CheckpointError(path.name, f"the folder holds {len(chosen)} sharded models", "Give one of their files")
-    whole = sorted(f for f in at.iterdir() if f.suffix.lower() in ENDINGS and f.is_file() and "non_ema" not in f.name)
+    whole = sorted(f for f in base.iterdir() if f.suffix.lower() in ENDINGS and f.is_file() and "non_ema" not in f.name)
     chosen = [f for f in whole if f.name in [STEM + e for e in ENDINGS]] or whole
     shard = next((f for f in chosen if SHARD.fullmatch(f.name)), None)
     if shard is not None:

@@ -41,7 +41,7 @@ class Form:
 
     @property
     def native(self) -> str:
-        return machine.CARDS.get(self.kernel, "any: computes in 16 bits")
+        return machine.KERNELS[self.kernel].cards if self.kernel else "any: computes in 16 bits"
 
     def better(self, here: machine.Machine) -> list[str]:
         """What runs natively on the machine ``here``, where this form does not."""

@@ -78,6 +78,13 @@ def read(path: str | Path) -> Header:
     return Header(path.name, tensors, metadata)
 
 
+def merged(name: str, headers: Iterable[Header]) -> Header:
+    """The headers of a model's files as one."""
+    headers = list(headers)
+    tensors = {n: e for h in headers for n, e in h.tensors.items()}
+    return Header(name, tensors, {k: v for h in headers for k, v in h.metadata.items()})
+
+
 def _count(path: Path) -> int:
     """How many tensors the header lists, before the library makes objects of them: a million take more than a GB."""
     word, found = b'"data_offsets"', 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import folder, header, lazy, marks, native
 from .errors import CheckpointError
-from .formats import FORMATS, comfy_quant, gguf
+from .formats import FORMATS, comfy_quant, gguf, nunchaku
 from .formats.stored import StoredLayer
 
 # Where a diffusion model's layers may stand in a file: ComfyUI's prefixes, longest first, and none.
@@ -52,20 +52,17 @@ def load(path: str | Path) -> Checkpoint:
         names = native.naming(shapes | {n: tuple(t.shape) for n, t in dense.items()}, {}, path.name)
         native.to_native(layers, dense, names, path.name)
         return Checkpoint(path.name, dense, layers, metadata)
-    files = folder.files(path)
-    heads = [(f, header.read(f)) for f in files]
-    metadata = {k: v for _, head in heads for k, v in head.metadata.items()}
-    tensors = lazy.LazyTensors(heads)
-    try:
-        return parse(tensors, metadata, path.name if len(files) > 1 else files[0].name, folder.config(path))
-    finally:
-        tensors.close()
+    with lazy.opened(path) as (name, tensors, metadata):
+        return parse(tensors, metadata, name, folder.config(path))
 
 
 def parse(
-    tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str] | None, name: str, config: Mapping | None = None,
+    tensors: MutableMapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    name: str,
+    config: Mapping | None = None,
     core: Collection[str] = comfy_quant.CORE,
-) -> Checkpoint:  # fmt: skip
+) -> Checkpoint:
     """Splits ``tensors`` (consumed) into dense tensors and 4-bit layers. Raises CheckpointError naming the layer.
 
     Configurations that live only in ComfyUI's ``_quantization_metadata`` are taken as if each layer carried its own.
@@ -77,11 +74,11 @@ def parse(
     found = marks.read(metadata, config, name)
     what = lazy.entries(tensors)
     marks.refuse(what, found, name)
-    layers = take_layers(tensors, name, core)
+    layers = take_layers(tensors, name, core, found.lite)
     dense = tensors if isinstance(tensors, dict) else {n: tensors.pop(n) for n in list(tensors)}
     if layers:  # a float model in a publisher's names is ComfyUI's to read
         names = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
-        native.to_native(layers, dense, names, name, found.lite)
+        native.to_native(layers, dense, names, name)
     return Checkpoint(name, dense, layers, metadata)
 
 
@@ -94,13 +91,16 @@ def mark(tensors: MutableMapping[str, Tensor], metadata: Mapping[str, str], name
 
 
 def take_layers(
-    tensors: MutableMapping[str, Tensor], name: str, core: Collection[str] = comfy_quant.CORE
+    tensors: MutableMapping[str, Tensor], name: str, core: Collection[str] = comfy_quant.CORE, lite: bool = False
 ) -> dict[str, StoredLayer]:
-    """Takes the 4-bit layers of every format out of ``tensors``, under the file's names. Raises CheckpointError."""
+    """Takes the 4-bit layers of every format out of ``tensors``, under the file's names. ``lite``: see `marks.Marks`.
+    Raises CheckpointError.
+    """
     layers: dict[str, StoredLayer] = {}
+    options = {comfy_quant: (core,), nunchaku: (lite,)}
     for fmt in FORMATS:
         if fmt.detect(tensors):
-            layers |= fmt.read(tensors, name, core) if fmt is comfy_quant else fmt.read(tensors, name)
+            layers |= fmt.read(tensors, name, *options.get(fmt, ()))
     return layers
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .formats import comfy_more, comfy_quant
+from .formats import comfy_quant
 from .header import Entry
 
-PAIRS = ("nvfp4", "convrot_w4a4", comfy_quant.SVDQUANT, comfy_quant.AWQ, comfy_more.NVFP4)  # two codes a byte
+PAIRS = ("nvfp4", "convrot_w4a4", comfy_quant.SVDQUANT, comfy_quant.AWQ, comfy_quant.NVFP4)  # two codes a byte
 # format -> a side of one row (or column) a group, its axis of groups, the group size where the JSON has none
 GROUPS = {comfy_quant.AWQ: ("weight_scale", 0, 64), "asym_w4a8_int8": ("weight_s_rel", 1, 16)}
 
@@ -26,7 +26,7 @@ def shapes(tensors: Mapping[str, Entry], configs: Mapping[str, Mapping]) -> dict
     """Tensor shapes with each quantized weight's as (N, K), whatever its storage. ``configs``: layer -> its JSON."""
     out = {n: e.shape for n, e in tensors.items()}
     for layer, config in configs.items():
-        if f"{layer}.weight" in out and config.get("format") != comfy_more.PARTS:
+        if f"{layer}.weight" in out and config.get("format") != comfy_quant.PARTS:
             out[f"{layer}.weight"] = shape(tensors, layer, config)
     for layer, names in parts(configs).items():
         found = [out.pop(f"{n}.weight", ()) for n in names]
@@ -41,7 +41,7 @@ def parts(configs: Mapping[str, Mapping]) -> dict[str, list[str]]:
     """A layer of several -> those, by name, as far as they have an entry of their own."""
     out = {}
     for layer, config in configs.items():
-        if config.get("format") == comfy_more.PARTS:
+        if config.get("format") == comfy_quant.PARTS:
             count = config.get("parts")
             names = (f"{layer}.parts.{i}" for i in range(min(count, 64) if isinstance(count, int) else 0))
             out[layer] = [n for n in names if n in configs]
@@ -53,7 +53,7 @@ def shape(tensors: Mapping[str, Entry], layer: str, config: Mapping) -> tuple[in
     if isinstance(config.get("base"), Mapping):
         config = config["base"]
     fmt, stored = config.get("format"), tensors[f"{layer}.weight"].shape
-    if fmt == comfy_more.WEIGHT_ONLY:
+    if fmt == comfy_quant.WEIGHT_ONLY:
         return config.get("out_features", 0), config.get("in_features", 0)
     if len(stored) == 4:  # tile-packed
         return stored[0] * 128, stored[1] * 64
@@ -66,7 +66,7 @@ def shape(tensors: Mapping[str, Entry], layer: str, config: Mapping) -> tuple[in
         if side is not None and len(side.shape) == 2:
             k = side.shape[axis] * _group(config, default)
     smooth = tensors.get(f"{layer}.smooth_factor", tensors.get(f"{layer}.weight_smooth_factor"))
-    if fmt in (comfy_quant.SVDQUANT, comfy_more.NVFP4) and smooth is not None and len(smooth.shape) == 1:
+    if fmt in (comfy_quant.SVDQUANT, comfy_quant.NVFP4) and smooth is not None and len(smooth.shape) == 1:
         k = smooth.shape[0]
     bias = tensors.get(f"{layer}.bias")
     if fmt == "nvfp4" and bias is not None and len(bias.shape) == 1 and n - 16 < bias.shape[0] <= n:

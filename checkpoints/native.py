@@ -15,7 +15,8 @@ from ..families import GENERIC, by_diffusers_class, detect, detect_published
 from ..families.spec import FamilySpec, Place
 from ..quant import parts
 from .errors import CheckpointError
-from .formats import nunchaku
+from .errors import naming as naming_layer
+from .formats.nunchaku import logical_shapes
 from .formats.stored import StoredLayer
 
 OTHER = "Load it with the pack that made it"
@@ -31,18 +32,6 @@ class Naming:
     prefix: str
     places: tuple[Place, ...]
     closed: bool = False  # a name without a place is an error
-
-
-def logical_shapes(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """``names`` with a ``.weight`` of its logical shape for every packed layer, as the families' marks expect."""
-    out = dict(names)
-    for name in names:
-        if name.endswith(nunchaku.END) and len(names[name]) == 2:
-            layer = name.removesuffix(nunchaku.END)
-            n, half = names[name]
-            scales = names.get(f"{layer}.wscales", ())
-            out.setdefault(f"{layer}.weight", (scales[1] if len(scales) == 2 else n, 2 * half))  # awq packs rows too
-    return out
 
 
 MOST_BLOCKS = 512
@@ -90,13 +79,9 @@ def _naming(shapes: Mapping[str, tuple[int, ...]], config: Mapping) -> Naming:
 
 
 def to_native(
-    layers: MutableMapping[str, StoredLayer], dense: MutableMapping[str, Tensor], names: Naming, file: str,
-    lite: bool = False,
-) -> None:  # fmt: skip
-    """Moves ``layers`` and ``dense`` in place to native names. Raises CheckpointError naming the layer.
-
-    ``lite``: written by diffusers' Nunchaku Lite, which weaves no modulation and has no unsigned activations.
-    """
+    layers: MutableMapping[str, StoredLayer], dense: MutableMapping[str, Tensor], names: Naming, file: str
+) -> None:
+    """Moves ``layers`` and ``dense`` in place to native names. Raises CheckpointError naming the layer."""
     p, moved, moved_dense = names.prefix, {}, {}
     for place in names.places:
         have = [p + s in layers or _dense_keys(dense, p + s) for s in place.sources]
@@ -106,17 +91,13 @@ def to_native(
             gone = place.sources[have.index(False)]
             raise CheckpointError(file, "this layer is missing", "Download the file again", p + gone)
         taken = [_take(layers, dense, p + s) for s in place.sources]
-        try:
-            _put(place, taken, moved, moved_dense, p, lite)
-        except (ValueError, RuntimeError, IndexError) as e:
-            raise CheckpointError(file, str(e), OTHER, p + place.sources[0]) from e
+        with naming_layer(file, OTHER, p + place.sources[0]):
+            _put(place, taken, moved, moved_dense, p)
     if names.closed and names.places:
         left = next((n for n in (*layers, *dense) if n.startswith(p)), None)
         if left is not None:
-            what = (
-                f"it has no place in {names.family.title} as {names.title} writes it, or a layer beside it is missing"
-            )
-            raise CheckpointError(file, what, OTHER, left)
+            where = f"{names.family.title} as {names.title} writes it"
+            raise CheckpointError(file, f"it has no place in {where}, or a layer beside it is missing", OTHER, left)
     twice = (moved.keys() & layers.keys()) | (moved_dense.keys() & dense.keys())
     if twice:
         raise CheckpointError(file, "two layers claim this name", OTHER, min(twice))
@@ -142,7 +123,7 @@ def _take(layers, dense, name: str) -> _Taken:
     return _Taken(name, layers.pop(name, None), weight, bias, dense.pop(name, None))
 
 
-def _put(place: Place, taken: list[_Taken], layers: dict, dense: dict, prefix: str, lite: bool) -> None:
+def _put(place: Place, taken: list[_Taken], layers: dict, dense: dict, prefix: str) -> None:
     """One place's tensors into ``layers`` and ``dense`` under native names."""
     natives = [prefix + n for n in place.natives]
     if taken[0].whole is not None:
@@ -151,33 +132,33 @@ def _put(place: Place, taken: list[_Taken], layers: dict, dense: dict, prefix: s
     if any(t.layer is not None for t in taken):
         if any(t.layer is None for t in taken):
             raise ValueError("one half of a fused layer is 4-bit and the other is not")
-        weight = parts.join([_prepared(t, place, prefix, lite).weight for t in taken], place.axis)
+        weight = parts.join([_prepared(t, place, prefix).weight for t in taken], place.axis)
         forms = {t.layer.form for t in taken}
         cut = _cut(weight, len(natives))
         for native, w in zip(natives, cut, strict=True):
             layers[native] = StoredLayer(w, form=min(forms))
     elif taken[0].weight is not None:
         _put_dense(place, [t.weight for t in taken], natives, "weight", dense)
-    bias = _bias(place, taken, lite)
+    bias = _bias(place, taken)
     if bias is not None:
         _put_dense(place, [bias], natives, "bias", dense)
 
 
-def _prepared(t: _Taken, place: Place, prefix: str, lite: bool) -> StoredLayer:
+def _prepared(t: _Taken, place: Place, prefix: str) -> StoredLayer:
     """A source's layer with what its file does not say: activations, order of rows, real size."""
     w = t.layer.weight
-    if place.shape and w.shape != place.shape and t.layer.form.startswith("nunchaku"):
+    if place.shape and w.shape != place.shape and t.layer.padded:
         w = parts.crop(w, *place.shape)
-    if not lite and t.layer.form == nunchaku.SVDQ and t.name[len(prefix) :] in place.unsigned:
+    if t.layer.unsigned and t.name[len(prefix) :] in place.unsigned:
         w = replace(w, act_unsigned=True)
-    if _woven(t, place, lite):
+    if _woven(t, place):
         order = natural_rows(w.shape[0], place.interleaved)
         w = replace(w, qweight=w.qweight[order], wscales=w.wscales[:, order], wzeros=w.wzeros[:, order])
     return replace(t.layer, weight=w)
 
 
-def _woven(t: _Taken, place: Place, lite: bool) -> bool:
-    return bool(place.interleaved) and not lite and t.layer is not None and t.layer.form == nunchaku.AWQ
+def _woven(t: _Taken, place: Place) -> bool:
+    return bool(place.interleaved) and t.layer is not None and t.layer.woven
 
 
 def natural_rows(n: int, vectors: int) -> Tensor:
@@ -187,7 +168,7 @@ def natural_rows(n: int, vectors: int) -> Tensor:
     return torch.arange(n).reshape(n // vectors, vectors).t().reshape(-1)
 
 
-def _bias(place: Place, taken: list[_Taken], lite: bool) -> Tensor | None:
+def _bias(place: Place, taken: list[_Taken]) -> Tensor | None:
     """The joined bias; where only some sources have one, the others count as zero."""
     known = [t.bias for t in taken if t.bias is not None]
     if not known:
@@ -200,7 +181,7 @@ def _bias(place: Place, taken: list[_Taken], lite: bool) -> Tensor | None:
         bias = known[0].new_zeros(rows) if t.bias is None else t.bias
         if place.shape and t.layer is not None:
             bias = bias[: place.shape[0]]
-        if _woven(t, place, lite):
+        if _woven(t, place):
             bias = _without_ones(bias[natural_rows(bias.shape[0], place.interleaved)], place)
         out.append(bias)
     return torch.cat(out)

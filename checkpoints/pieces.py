@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..families.spec import Place
 from ..quant.parts import ROWS
-from . import folder, header, lazy, load, marks, native, quantized
+from . import folder, lazy, load, marks, native
 from .formats import bnb, comfy_quant, gguf
 from .formats.stored import StoredLayer
 from .load import Checkpoint
@@ -39,7 +39,6 @@ class Pieces:
     outline: Checkpoint
     groups: list[tuple[tuple[Place, ...], list[str]]]
     naming: native.Naming | None
-    lite: bool
     take: Callable[[list[str]], tuple[Layers, Dense]]
 
     def __iter__(self) -> Iterator[Checkpoint]:
@@ -50,7 +49,7 @@ class Pieces:
         layers, dense = self.take(members)
         if places:
             naming = replace(self.naming, places=places, closed=False)
-            native.to_native(layers, dense, naming, self.outline.name, self.lite)
+            native.to_native(layers, dense, naming, self.outline.name)
         return Checkpoint(self.outline.name, dense, layers, self.outline.metadata)
 
 
@@ -61,38 +60,31 @@ def opened(path: str | Path) -> Iterator[Pieces]:
     if gguf.is_gguf(path):
         yield _gguf(path)
         return
-    files = folder.files(path)
-    heads = [(f, header.read(f)) for f in files]
-    metadata = {k: v for _, head in heads for k, v in head.metadata.items()}
-    tensors = lazy.LazyTensors(heads)
-    try:
-        name = path.name if len(files) > 1 else files[0].name
+    with lazy.opened(path) as (name, tensors, metadata):
         yield _safetensors(tensors, metadata, name, folder.config(path))
-    finally:
-        tensors.close()
 
 
 def _safetensors(tensors: lazy.LazyTensors, metadata: Mapping[str, str], name: str, config: Mapping) -> Pieces:
     load.mark(tensors, metadata, name)
     found, what = marks.read(metadata, config, name), lazy.entries(tensors)
     marks.refuse(what, found, name)
-    layers, dense = _outline(tensors, name)
+    layers, dense = _outline(tensors, name, found.lite)
     naming = None
     if layers:
         naming = native.naming({n: shape for n, (_, shape) in what.items()}, found.config, name)
         joined = {naming.prefix + s for p in naming.places if p.axis == ROWS and len(p.sources) > 1 for s in p.sources}
         if joined:
-            layers, dense = _outline(tensors, name, joined)
-        native.to_native(layers, dense, naming, name, found.lite)
+            layers, dense = _outline(tensors, name, found.lite, joined)
+        native.to_native(layers, dense, naming, name)
 
     def take(members: list[str]) -> tuple[Layers, Dense]:
         dense = {n: tensors[n] for n in members}
-        return load.take_layers(dense, name), dense
+        return load.take_layers(dense, name, lite=found.lite), dense
 
-    return Pieces(Checkpoint(name, dense, layers, metadata), _groups(what, naming), naming, found.lite, take)
+    return Pieces(Checkpoint(name, dense, layers, metadata), _groups(what, naming), naming, take)
 
 
-def _outline(tensors: lazy.LazyTensors, name: str, joined: Collection[str] = ()) -> tuple[Layers, Dense]:
+def _outline(tensors: lazy.LazyTensors, name: str, lite: bool, joined: Collection[str] = ()) -> tuple[Layers, Dense]:
     """The layers and dense tensors without values, those apart that decide. ``joined``: layers that become one."""
     dense = {}
     for n in tensors:
@@ -101,7 +93,7 @@ def _outline(tensors: lazy.LazyTensors, name: str, joined: Collection[str] = ())
             dense[n] = tensors[n]
         else:
             dense[n] = torch.empty(tensors.entry(n)[1], dtype=tensors.dtype(n), device="meta")
-    return load.take_layers(dense, name), dense
+    return load.take_layers(dense, name, lite=lite), dense
 
 
 def _gguf(path: Path) -> Pieces:
@@ -117,27 +109,27 @@ def _gguf(path: Path) -> Pieces:
     def take(members: list[str]) -> tuple[Layers, Dense]:
         return gguf.take(reader, path, [by_name[n] for n in members])
 
-    return Pieces(outline, _groups(by_name, naming), naming, False, take)
+    return Pieces(outline, _groups(by_name, naming), naming, take)
 
 
 def _groups(names: Collection[str], naming: native.Naming | None) -> list[tuple[tuple[Place, ...], list[str]]]:
     """(a place, or none; the tensors of it) for all ``names``, in their order."""
-    home: dict[str, Place] = {}
+    by_name: dict[str, Place] = {}
     places = naming.places if naming else ()
     for name, place in [(n, p) for p in places for n in p.sources] + [(n, p) for p in places for n in p.natives]:
-        home.setdefault(naming.prefix + name, place)
+        by_name.setdefault(naming.prefix + name, place)
     out: dict[object, tuple[tuple[Place, ...], list[str]]] = {}
     known = set(names)
     for name in names:
         layer = _layer(name, known)
-        place = home.get(name) or home.get(layer)
+        place = by_name.get(name) or by_name.get(layer)
         out.setdefault(place or layer, ((place,) if place else (), []))[1].append(name)
     return list(out.values())
 
 
 def _layer(name: str, names: Collection[str]) -> str:
     """The layer that the tensor ``name`` is read with."""
-    layer, _ = quantized.layer_of(name)
+    layer, _ = marks.layer_of(name)
     while (part := PART.fullmatch(layer)) and part[1] + comfy_quant.SUFFIX in names:
         layer = part[1]
     return layer

@@ -23,7 +23,7 @@ from ..quant.svdquant import SVDQuantWeight
 from ..quant.weight_only import WeightOnly
 from ..writing.room import check_room
 from ..writing.tensors import Entry, entries, nbytes
-from . import folder, header, lazy, logical, pieces, quantized, save
+from . import folder, header, lazy, logical, marks, pieces, save
 from .convert import NAMES
 from .errors import CheckpointError
 from .formats import comfy_quant, gguf
@@ -136,7 +136,7 @@ def _check(checkpoint: Checkpoint, name: str) -> None:
     """Raises CheckpointError where there is nothing to convert, or a name is taken."""
     if not checkpoint.layers and not comfy_quant.detect(checkpoint.dense):
         what = lazy.entries(checkpoint.dense)
-        found = quantized.first(what, {}, lambda _layer: "comfy_quant")
+        found = marks.first_quantized(what, {}, lambda _layer: "comfy_quant")
         if found is None:
             raise CheckpointError(name, "it has no 4-bit layer", "Quantize it with nibble quantize instead")
         remedy = "Convert or quantize another file of the model: its 16-bit original, or one made for ComfyUI"
@@ -161,8 +161,8 @@ def _shapes(checkpoint: Checkpoint, name: str) -> dict[str, tuple[int, ...]]:
     """Logical shapes, those of layers in ComfyUI's own formats among them."""
     dense = {n: header.Entry(dtype, shape) for n, (dtype, shape) in lazy.entries(checkpoint.dense).items()}
     end = comfy_quant.SUFFIX
-    marks = {n.removesuffix(end): t for n, t in checkpoint.dense.items() if n.endswith(end)}
-    configs = {layer: comfy_quant.decode_config(t, name, layer) for layer, t in marks.items()}
+    marked = {n.removesuffix(end): t for n, t in checkpoint.dense.items() if n.endswith(end)}
+    configs = {layer: comfy_quant.decode_config(t, name, layer) for layer, t in marked.items()}
     ours = {f"{n}.weight": x.weight.shape for n, x in checkpoint.layers.items()}
     return logical.shapes(dense, configs) | ours
 

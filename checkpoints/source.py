@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..families import by_diffusers_class, detect
 from ..families.spec import FamilySpec, KeyRule
-from . import folder, header, load, quantized
+from . import folder, header, load, marks
 from .errors import CheckpointError
 from .formats import comfy_quant
 from .lazy import LazyTensors
@@ -90,16 +90,13 @@ def open_source(path: str | Path) -> Source:
 
 def _read(name: str, files: list[Path]) -> header.Header:
     """The headers of ``files`` as one. Raises CheckpointError naming the layer for a model that is quantized."""
-    heads = [header.read(f) for f in files]
-    tensors = {n: e for h in heads for n, e in h.tensors.items()}
-    metadata = {k: v for h in heads for k, v in h.metadata.items()}
-    listed = {layer: str(c.get("format")) for layer, c in load.file_level(metadata, name).items()}
-    found = quantized.first(
-        {n: (e.dtype, e.shape) for n, e in tensors.items()}, listed, lambda layer: _format(files, layer)
-    )
+    head = header.merged(name, map(header.read, files))
+    listed = {layer: str(c.get("format")) for layer, c in load.file_level(head.metadata, name).items()}
+    what = {n: (e.dtype, e.shape) for n, e in head.tensors.items()}
+    found = marks.first_quantized(what, listed, lambda layer: _format(files, layer))
     if found is not None:
         raise CheckpointError(name, f"it is quantized already ({found[1]})", ORIGINAL, found[0])
-    return header.Header(name, tensors, metadata)
+    return head
 
 
 def _format(files: list[Path], layer: str) -> str:
@@ -122,8 +119,8 @@ def _known(config: Mapping) -> FamilySpec | None:
 
 def _from_folder(path: Path, files: list[Path] | None = None) -> Source:
     """The model of a diffusers folder. ``files``: those that were asked for, where there are others beside them."""
-    home = folder.home(path)
-    name = f"{path.name}/{home.name}" if home != path else path.name
+    inner = folder.denoiser_folder(path)
+    name = f"{path.name}/{inner.name}" if inner != path else path.name
     config = folder.config(path)
     if not config:
         remedy = "Give a folder with unet/config.json or transformer/config.json, or a safetensors file"

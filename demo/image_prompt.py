@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .. import adapters
+from .. import image_prompt
 from ..training.loop import Plan, train
 from . import dataset, evaluate, parts, stages, tower
 
@@ -92,8 +92,8 @@ def learn(which: str, unet, text, batches: Batches, work: Path, device: str):
     plan, model = PLANS[which], stages.view(unet)
     torch.manual_seed(plan.seed)
     unet.requires_grad_(False)
-    adapter = adapters.new(unet, batches.seen.shape[-1], TOKENS, RANKS[which]).to(device).train()
-    adapters.attach(unet, adapter)
+    adapter = image_prompt.new(unet, batches.seen.shape[-1], TOKENS, RANKS[which]).to(device).train()
+    image_prompt.attach(unet, adapter)
     start(adapter, text, batches, device)
 
     def loss(step: int, g: torch.Generator) -> torch.Tensor:

@@ -59,34 +59,35 @@ def scheduler(row: Preset, visits: Sequence[float], own: Mapping):
     return made
 
 
+class _Visiting:
+    """In front of a scheduler: a list of its own, ``visits``, in place of whatever a pipeline wants set."""
+
+    visits: tuple[float, ...] = ()
+    eta: float | None = None  # of TCD: the row's, whatever the pipeline would say
+
+    def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
+        self.num_inference_steps = len(self.visits)
+        self._step_index = self._begin_index = None
+        if isinstance(self, (LCMScheduler, TCDScheduler)):
+            self.timesteps = torch.tensor(self.visits, device=device, dtype=torch.long)
+            return
+        if isinstance(self, FlowMatchEulerDiscreteScheduler):
+            levels = np.array(self.visits)
+            self.timesteps = torch.tensor(levels * TRAIN, device=device, dtype=torch.float32)
+        else:
+            table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
+            levels = table[np.array(self.visits, dtype=int)]
+            self.timesteps = torch.tensor(self.visits, device=device, dtype=torch.float32)
+        self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
+
+    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+        more = {} if self.eta is None else {"eta": self.eta}
+        return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict, **more)
+
+
 def visiting(kind: type) -> type:
-    """``kind`` with a list of its own, ``visits``, in place of whatever a pipeline wants set."""
-
-    class Visiting(kind):
-        visits: tuple[float, ...] = ()
-        eta: float | None = None  # of TCD: the row's, whatever the pipeline would say
-
-        def set_timesteps(self, num_inference_steps=None, device=None, timesteps=None, sigmas=None, mu=None, **_):
-            self.num_inference_steps = len(self.visits)
-            self._step_index = self._begin_index = None
-            if issubclass(kind, (LCMScheduler, TCDScheduler)):
-                self.timesteps = torch.tensor(self.visits, device=device, dtype=torch.long)
-                return
-            if issubclass(kind, FlowMatchEulerDiscreteScheduler):
-                levels = np.array(self.visits)
-                self.timesteps = torch.tensor(levels * TRAIN, device=device, dtype=torch.float32)
-            else:
-                table = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().numpy()
-                levels = table[np.array(self.visits, dtype=int)]
-                self.timesteps = torch.tensor(self.visits, device=device, dtype=torch.float32)
-            self.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32)
-
-        def step(self, model_output, timestep, sample, generator=None, return_dict=True):
-            more = {} if self.eta is None else {"eta": self.eta}
-            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict, **more)
-
-    Visiting.__name__ = Visiting.__qualname__ = kind.__name__  # pipelines and configurations know it by its name
-    return Visiting
+    """The scheduler ``kind`` as a `_Visiting` one, under its name: pipelines and configurations know it by that."""
+    return type(kind.__name__, (_Visiting, kind), {})
 
 
 def _flow(row: Preset, visits: Sequence[float]):

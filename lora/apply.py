@@ -56,23 +56,19 @@ class Report:
         return self.named("shape")
 
     @property
-    def other_part(self) -> tuple[str, ...]:
-        return self.named("other part")
-
-    @property
     def unread(self) -> tuple[str, ...]:
         """The keys that are left, for reasons that lie in the file."""
-        told = (*APPLIED, "unknown", "shape", "other part")
-        return tuple(k for k, s in self.status.items() if s not in told)
+        reported = (*APPLIED, "unknown", "shape", "other part")
+        return tuple(k for k, s in self.status.items() if s not in reported)
 
     def summary(self) -> str:
         parts = [f"{len(self.applied)} applied"]
         for status, words in WORDS.items():
             names = () if status in APPLIED else self.named(status)
             if names:
-                kinds = sorted({self.why[k] for k, s in self.status.items() if s == status and k in self.why})
-                told = f" ({', '.join(kinds)})" if status in ("unread", "rows") and kinds else ""
-                parts.append(f"{len(names)} {words}{told}")
+                reasons = sorted({self.why[k] for k, s in self.status.items() if s == status and k in self.why})
+                why = f" ({', '.join(reasons)})" if status in ("unread", "rows") and reasons else ""
+                parts.append(f"{len(names)} {words}{why}")
         return ", ".join(parts)
 
 
@@ -100,20 +96,20 @@ def apply(
     """
     layers = layers_of(module, 1)
     names = index({n: tuple(m.weight.shape) for n, m in layers.items()}, rules_of(module) if rules is None else rules)
-    said, done = dict(lora.refused), {}
+    refused, done = dict(lora.refused), {}
     for update in lora.updates:
         try:
             slots = _slots(update, names, part)
             pieces = _pieces(update, slots, layers)
         except Refused as e:
-            said |= dict.fromkeys(update.keys.values(), e)
+            refused |= dict.fromkeys(update.keys.values(), e)
             continue
         if strength != 0:  # a LoRA at 0 must not cost rank, nor change a bit
             for slot, piece in zip(slots, pieces, strict=True):
                 _add(layers[slot.layer], piece, strength, slot)
         done |= dict.fromkeys(update.keys.values(), "model" if part == MODEL else "text")
-    status = {key: e.status for key, e in said.items()} | done
-    why = {key: e.why for key, e in said.items() if e.why and key not in done}
+    status = {key: e.status for key, e in refused.items()} | done
+    why = {key: e.why for key, e in refused.items() if e.why and key not in done}
     targets = {key: hit[0] for key in status if (hit := parse(key) or unread(key)) is not None}
     return Report(status, targets, why)
 
@@ -143,7 +139,7 @@ def _region(update: Update, slot: Slot, layers: Mapping[str, nn.Module]) -> Regi
         shape = shape[:1]
     if slot.into is not None:
         shape = (slot.into[1], *shape[1:])
-    return Region(shape, slot.own, slot.swap, slot.into is not None)
+    return Region(shape, slot.source, slot.swap, slot.into is not None)
 
 
 def _rows_of(layers: Mapping[str, nn.Module], slot: Slot) -> Tensor:
@@ -176,8 +172,8 @@ def _add(layer: nn.Module, piece: Update, strength: float, slot: Slot) -> None:
 
 def placed(rows: Tensor, slot: Slot, n: int) -> Tensor:
     """The rows of an update that ``slot`` takes, as the ``n`` rows of its layer (zero outside)."""
-    if slot.own is not None:
-        rows = rows.narrow(0, *slot.own)
+    if slot.source is not None:
+        rows = rows.narrow(0, *slot.source)
     if slot.swap:
         rows = torch.cat(rows.chunk(2)[::-1])
     if slot.into is None:

@@ -51,13 +51,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer a target changes. ``into``: only these rows of it, (start, number). ``own``: by these rows of the
+    """One layer a target changes. ``into``: only these rows of it, (start, number). ``source``: by these rows of the
     target's update. ``swap``: the halves of the rows change places.
     """
 
     layer: str
     into: tuple[int, int] | None = None
-    own: tuple[int, int] | None = None
+    source: tuple[int, int] | None = None
     swap: bool = False
 
 
@@ -106,7 +106,7 @@ def index(shapes: Mapping[str, tuple[int, ...]], rules: Iterable[KeyRule] = ()) 
             _add_sources(out, native, shapes[native], sources, rule.swap_halves)
         elif all(s in shapes for s in sources):
             slots = _stacked(sources, [shapes[s][0] for s in sources])
-            out.setdefault(canonical(native), tuple(Slot(s.layer, None, s.own, rule.swap_halves) for s in slots))
+            out.setdefault(canonical(native), tuple(Slot(s.layer, None, s.source, rule.swap_halves) for s in slots))
     _add_fused(out, spelled, shapes)
     return out
 
@@ -146,6 +146,6 @@ def _stacked(layers: Iterable[str], rows: Iterable[int]) -> tuple[Slot, ...]:
     """Slots of layers that lie one under the other in the update."""
     out, start = [], 0
     for layer, n in zip(layers, rows, strict=True):
-        out.append(Slot(layer, own=(start, n)))
+        out.append(Slot(layer, source=(start, n)))
         start += n
     return (Slot(out[0].layer),) if len(out) == 1 else tuple(out)

@@ -68,14 +68,14 @@ class KeyReport:
         words = STATUSES[status]
         shown = list(reasons.items())[:SHOWN]
         out = [f"{words}: {listed(keys)}{f' ({why})' if why else ''}" for why, keys in shown]
-        more = sum(map(len, reasons.values())) - sum(len(keys) for _, keys in shown)
-        return [*out, f"{words}: {more} more keys, for other reasons"] if more else out
+        others = sum(map(len, reasons.values())) - sum(len(keys) for _, keys in shown)
+        return [*out, f"{words}: {others} more keys, for other reasons"] if others else out
 
     def reasons(self) -> str:
         """Why nothing was applied, in one line: how many keys for each reason."""
-        told = Counter((s, self.why.get(k, "")) for k, s in self.status.items() if s not in APPLIED)
-        parts = [f"{n} {STATUSES[s]}{f' ({why})' if why else ''}" for (s, why), n in told.most_common(3)]
-        return ", ".join(parts) + (" ..." if len(told) > 3 else "")
+        counts = Counter((s, self.why.get(k, "")) for k, s in self.status.items() if s not in APPLIED)
+        parts = [f"{n} {STATUSES[s]}{f' ({why})' if why else ''}" for (s, why), n in counts.most_common(3)]
+        return ", ".join(parts) + (" ..." if len(counts) > 3 else "")
 
     def to_json(self) -> str:
         values = dict(file=self.file, family=self.family, kinds=dict(self.kinds), ranks=list(self.ranks))

@@ -25,27 +25,25 @@ from .status import Refused
 from .weights import DoraWeights, GloraWeights, LokrWeights, OftWeights, inner, lengths, low_rank_is_smaller
 
 # kind -> the tensors whose rows are the update's rows
-LEFT = {
-    "lora": ("up",), "loha": ("hada_w1_a", "hada_w2_a"), "diff": ("diff",), "set": ("set_weight",),
-    "bias": ("diff_b",),
-}  # fmt: skip
+LEFT = {"lora": ("up",), "loha": ("hada_w1_a", "hada_w2_a")}
+LEFT |= {"diff": ("diff",), "set": ("set_weight",), "bias": ("diff_b",)}
 OF_NUMBERS = ("diff", "set", "bias")  # what a norm or a bias can take
 
 
 @dataclass(frozen=True)
 class Region:
-    """What takes a part of an update: a weight, or some of its rows (``inside``). ``own``: which rows of the update,
+    """What takes a part of an update: a weight, or some of its rows (``inside``). ``source``: which rows of the update,
     (start, number), None for all. ``swap``: the halves of those rows change places.
     """
 
     shape: tuple[int, ...]
-    own: tuple[int, int] | None = None
+    source: tuple[int, int] | None = None
     swap: bool = False
     inside: bool = False
 
     def spans(self) -> list[tuple[int, int]]:
         """The rows of the update that make this region's, from its first row to its last."""
-        start, n = self.own or (0, self.shape[0])
+        start, n = self.source or (0, self.shape[0])
         second = n // 2
         return [(start + n - second, second), (start, n - second)] if self.swap else [(start, n)]
 
@@ -154,10 +152,7 @@ def _lokr(update: Update, spans: Sequence[tuple[int, int]]) -> Update:
 def _shaped(update: Update, region: Region) -> Update:
     """``update`` in the shapes that ComfyUI wants beside a weight of the region's shape."""
     n, *rest = region.shape
-    shapes = {
-        "diff": region.shape, "set_weight": region.shape, "diff_b": region.shape,
-        "rescale": (n, *(1 for _ in rest)),
-    }  # fmt: skip
+    shapes = dict.fromkeys(("diff", "set_weight", "diff_b"), region.shape) | {"rescale": (n, *(1 for _ in rest))}
     if isinstance(update.weights, DoraWeights):
         by_row = update.weights.by_row
         shapes["dora_scale"] = shapes["rescale"] if by_row else (1, rest[0], *(1 for _ in rest[1:]))
@@ -170,9 +165,9 @@ def _lengths_shared(parts: list[Update], dense: Callable[[int], Tensor] | None) 
     """
     if dense is None:
         raise Refused("rows", "DoRA per input, whose lengths are those of all layers together")
-    own = [lengths(part.weights.inner.patched(dense(i), 1.0).double(), False) for i, part in enumerate(parts)]
-    whole = torch.stack(own).square().sum(0).sqrt().clamp(min=1e-30)
+    each = [lengths(part.weights.inner.patched(dense(i), 1.0).double(), False) for i, part in enumerate(parts)]
+    whole = torch.stack(each).square().sum(0).sqrt().clamp(min=1e-30)
     return [
         part.of(**part.parts | {"dora_scale": (part.parts["dora_scale"].double().to(mine) * mine / whole).float()})
-        for part, mine in zip(parts, own, strict=True)
+        for part, mine in zip(parts, each, strict=True)
     ]

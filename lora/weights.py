@@ -287,7 +287,7 @@ class DoraWeights:
     channels) of all rows together.
     """
 
-    inner: LoraWeights | LohaWeights | LokrWeights | GloraWeights
+    inner: LowRank
     magnitude: Tensor
     rank = None
 
@@ -317,10 +317,8 @@ def lengths(weight: Tensor, by_row: bool) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=[i for i in range(weight.dim()) if i != kept], keepdim=True)
 
 
-Weights = (
-    LoraWeights | LohaWeights | LokrWeights | GloraWeights | OftWeights | BoftWeights | DiffWeights | SetWeights
-    | DoraWeights
-)  # fmt: skip
+LowRank = LoraWeights | LohaWeights | LokrWeights | GloraWeights  # what DoRA may give a length to
+Weights = LowRank | OftWeights | BoftWeights | DiffWeights | SetWeights | DoraWeights
 
 
 def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import folder_paths
 from comfy_api.latest import io
 
 from .. import demo
-from ..adapters import describe
-from ..adapters.attention import BLOCKS
+from ..image_prompt import describe
+from ..image_prompt.attention import BLOCKS
 from . import files
 from .bridge import image_prompt
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..slim.choose import AS_IT_IS, Wish
-from ..slim.table import ATTENTIONS, CONVOLUTIONS
+from ..slim.operations import ATTENTIONS, CONVOLUTIONS
 from .bridge import slim
 
 STEPS = 3

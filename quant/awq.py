@@ -14,22 +14,22 @@ Source: comfy-kitchen backends/eager/awq.py; the branch is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import require_finite, require_range
-from .packing import pack, unpack_unsigned
+from .checks import require_finite, require_range, require_shapes
+from .packing import GROUP, Packed, pack, unpack_unsigned
 
-GROUP = 64
 ROUNDS = 4  # of rounding and refitting; the error has settled by then
 
 
 @dataclass(frozen=True)
-class AWQWeight:
+class AWQWeight(Packed):
     """A quantized (N, K) weight; see the table above. Raises ValueError when shapes do not belong together."""
 
+    SIDES = ("wscales", "wzeros", "proj_down", "proj_up")
     qweight: Tensor
     wscales: Tensor
     wzeros: Tensor
@@ -43,23 +43,7 @@ class AWQWeight:
         expected = dict(wscales=(k // GROUP, n), wzeros=(k // GROUP, n))
         if self.proj_down is not None:
             expected |= dict(proj_down=(k, self.rank), proj_up=(n, self.rank))
-        for name, shape in expected.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
-                raise ValueError(f"awq_w4a16: {name} has shape {got}, expected {shape} for N={n}, K={k}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.proj_down is None else self.proj_down.shape[-1]
-
-    def to(self, dtype: torch.dtype) -> AWQWeight:
-        """The same weight with its side tensors in ``dtype``."""
-        sides = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "qweight"}
-        return replace(self, **{n: None if v is None else v.to(dtype) for n, v in sides.items()})
+        require_shapes(self, "awq_w4a16", **expected)
 
 
 def blank(n: int, k: int, dtype: torch.dtype) -> AWQWeight:

@@ -27,6 +27,16 @@ def require_finite(weight: Tensor) -> None:
     raise ValueError(f"the weight's values, up to {_largest(weight)}, are too large to quantize")
 
 
+def require_shapes(weight, format: str, **expected: tuple[int, ...]) -> None:
+    """Raises ValueError where a tensor of ``weight`` (N, K) has another shape than ``expected``: name -> shape."""
+    n, k = weight.shape
+    for name, shape in expected.items():
+        got = getattr(weight, name)
+        got = None if got is None else tuple(got.shape)
+        if got != shape:
+            raise ValueError(f"{format}: {name} has shape {got}, expected {shape} for N={n}, K={k}")
+
+
 def require_range(parts: Iterable[Tensor], weight: Tensor, dtype: torch.dtype) -> None:
     """Raises ValueError when ``parts`` of what a finite ``weight`` became left the range of ``dtype``."""
     if not all(bool(torch.isfinite(p).all()) for p in parts):

@@ -2,48 +2,41 @@
 
     y = q(x pre_quant_scale) Wq^T + (x proj_down) proj_up^T + bias
 
-Every layout of comfy-kitchen gets a sub-layout with the branch, made when it is first needed, named after it:
+    base             (N, K), a QuantizedTensor in the format's own layout: its codes are never rounded again
+    proj_down        (K, R)
+    proj_up          (N, R)
+    input_scale      ()      optional (nvfp4, fp8)
+    pre_quant_scale  (K,)    optional
+    emulate          dequantize, because this machine has no kernel
+    full_precision   dequantize, because the file asks for it
 
-    Nibble<layout>LowRank    Params = the layout's own + proj_down (K, R), proj_up (N, R)
-                             + input_scale (), pre_quant_scale (K,), both optional (nvfp4, fp8)
-                             + emulate: dequantize, because this machine has no kernel
-                             + full_precision: dequantize, because the file asks for it
-
-The codes are the layout's own tensor, never rounded again. The branch sees the raw x. Source: ComfyUI's comfy/ops.py
-(mixed_precision_ops.Linear.forward), of which `base_linear` is the arithmetic.
+The branch sees the raw x. Source: ComfyUI's comfy/ops.py (mixed_precision_ops.Linear.forward), of which `base_linear`
+is the arithmetic.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from comfy_kitchen.float_utils import from_blocked, to_blocked
 from comfy_kitchen.tensor import QuantizedTensor
-from comfy_kitchen.tensor.base import get_layout_class, register_layout_class
+from comfy_kitchen.tensor.base import get_layout_class
 from torch import Tensor
 
 from .core_formats import FORMATS, nvfp4_scale
-from .kitchen import register_linear
 
-START, END = "Nibble", "LowRank"
-OWN = ("proj_down", "proj_up", "input_scale", "pre_quant_scale")  # tensors that the sub-layouts add
-SIDES = ("proj_down", "proj_up")  # those of them in the compute dtype
-FLAGS = ("emulate", "full_precision")
+SIDES = ("proj_down", "proj_up")  # in the compute dtype
+TENSORS = (*SIDES, "input_scale", "pre_quant_scale")  # what may stand beside the base
 # Layouts whose scales lie in cuBLAS's blocks: (parameter, columns that share a scale)
 BLOCKED = {"TensorCoreNVFP4Layout": ("block_scale", 16), "TensorCoreMXFP8Layout": ("scale", 32)}
 # Layouts whose product wants its input quantized first; the others quantize it themselves.
-QUANTIZED_INPUT = ("TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout", "TensorCoreFP8E5M2Layout", "TensorCoreMXFP8Layout",
-                   "TensorCoreNVFP4Layout")  # fmt: skip
+QUANTIZED_INPUT = tuple(f"TensorCore{name}Layout" for name in ("FP8", "FP8E4M3", "FP8E5M2", "MXFP8", "NVFP4"))
 
 
 @dataclass(frozen=True)
 class CoreLowRankWeight:
-    """``base``: an (N, K) QuantizedTensor in one of ComfyUI's formats. Raises ValueError when shapes do not belong
-    together.
-    """
+    """See the table above. Raises ValueError when shapes do not belong together."""
 
     base: QuantizedTensor
     proj_down: Tensor
@@ -80,84 +73,16 @@ def recast(weight: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     return QuantizedTensor(weight._qdata, weight._layout_cls, replace(weight._params, orig_dtype=dtype))
 
 
-def is_layout(name: str) -> bool:
-    return name.startswith(START) and name.endswith(END)
-
-
-@lru_cache(maxsize=64)
-def sub_layout(name: str) -> str:
-    """The registered name of the layout ``name`` with a branch."""
-    base = get_layout_class(name)
-
-    @dataclass(frozen=True)
-    class Params(base.Params):
-        proj_down: Tensor | None = None
-        proj_up: Tensor | None = None
-        input_scale: Tensor | None = None
-        pre_quant_scale: Tensor | None = None
-        emulate: bool = False
-        full_precision: bool = False
-        transposed: bool = False
-
-        def _tensor_fields(self) -> list[str]:
-            return [*super()._tensor_fields(), *(n for n in OWN if getattr(self, n) is not None)]
-
-    made = type(f"{START}{name}{END}", (base,), {
-        "Params": Params, "base_layout": name, "dequantize": classmethod(_dequantize),
-        "state_dict_tensors": classmethod(_state_dict_tensors),
-    })  # fmt: skip
-    register_layout_class(made.__name__, made)
-    register_linear(made, lambda x, weight, bias: linear(x, unwrap(weight), bias))
-    return made.__name__
-
-
-def _dequantize(cls, qdata: Tensor, params) -> Tensor:
-    whole = dequantize(unwrap(QuantizedTensor(qdata, cls.__name__, replace(params, **_physical(params)))))
-    return whole.to(params.orig_dtype)
-
-
-def _state_dict_tensors(cls, qdata: Tensor, params) -> dict[str, Tensor]:
-    out = get_layout_class(cls.base_layout).state_dict_tensors(qdata, params)
-    return out | {f"_{n}": getattr(params, n) for n in OWN if getattr(params, n) is not None}
-
-
-def _physical(params) -> dict:
-    """The (N, K) of a transposed view, as replacements."""
-    if not getattr(params, "transposed", False):
-        return {}
-    return {"transposed": False, "orig_shape": tuple(params.orig_shape[::-1])}
-
-
-def wrap(weight: CoreLowRankWeight, dtype: torch.dtype | None = None) -> QuantizedTensor:
-    """A QuantizedTensor of logical ``dtype`` (default: the base's) that shares ``weight``'s memory."""
-    base = weight.base
-    layout = sub_layout(base._layout_cls)
-    own = {f.name: getattr(base._params, f.name) for f in dataclasses.fields(base._params)}
-    own |= {n: getattr(weight, n) for n in (*OWN, *FLAGS)}
-    own["orig_dtype"] = base.dtype if dtype is None else dtype
-    return QuantizedTensor(base._qdata, layout, get_layout_class(layout).Params(**own))
-
-
-def unwrap(weight: QuantizedTensor) -> CoreLowRankWeight:
-    """The plain value of a wrapped weight; nothing is copied."""
-    p = weight._params
-    cls = get_layout_class(weight._layout_cls)
-    plain = get_layout_class(cls.base_layout).Params
-    values = {f.name: getattr(p, f.name) for f in dataclasses.fields(plain)} | _physical(p)
-    base = QuantizedTensor(weight._qdata, cls.base_layout, plain(**values))
-    return CoreLowRankWeight(base, **{n: getattr(p, n) for n in (*OWN, *FLAGS)})
-
-
 def has_kernel(layout: str) -> bool:
     """Whether this machine multiplies in a layout as it is stored. (ComfyUI's loader has a list of its own.)"""
     return layout not in QUANTIZED_INPUT or get_layout_class(layout).supports_fast_matmul()
 
 
-def beside(base: QuantizedTensor, **more) -> CoreLowRankWeight:
-    """A weight in one of ComfyUI's formats as one with a branch of rank 0. ``more``: what its layer holds besides."""
+def beside(base: QuantizedTensor, **extras) -> CoreLowRankWeight:
+    """A weight in one of ComfyUI's formats as one with a branch of rank 0. ``extras``: what its layer holds besides."""
     n, k = base.shape
     empty = [torch.empty(size, 0, dtype=base.dtype, device=base._qdata.device) for size in (k, n)]
-    return CoreLowRankWeight(base, *empty, **more)
+    return CoreLowRankWeight(base, *empty, **extras)
 
 
 def dequantize(w: CoreLowRankWeight) -> Tensor:

@@ -19,21 +19,24 @@ from .svdquant import SVDQuantWeight
 OVERSAMPLE, ITERATIONS = 16, 2
 
 
+def svd(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(u (N, R), s (R,), v (K, R)): the largest singular values of ``weight`` (N, K) float32, and their vectors."""
+    r = min(rank, *weight.shape)
+    if r == 0:
+        return tuple(weight.new_zeros(shape) for shape in ((weight.shape[0], 0), (0,), (weight.shape[1], 0)))
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        torch.manual_seed(seed)
+        u, s, v = torch.svd_lowrank(weight, q=min(r + OVERSAMPLE, *weight.shape), niter=ITERATIONS)
+    return u[:, :r], s[:r], v[:, :r]
+
+
 def low_rank(weight: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """(up (N, R), down (K, R)) float32 with up @ down.T the best rank-R approximation of ``weight`` (N, K).
 
     The singular values are shared evenly between the two, which keeps both in fp16's range.
     """
-    n, k = weight.shape
-    rank = min(rank, n, k)
-    if rank == 0:
-        return weight.new_zeros(n, 0, dtype=torch.float32), weight.new_zeros(k, 0, dtype=torch.float32)
-    w = weight.float()
-    with torch.random.fork_rng(devices=[w.device] if w.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(w, q=min(rank + OVERSAMPLE, n, k), niter=ITERATIONS)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, v[:, :rank] * root
+    u, s, v = svd(weight.float(), rank, seed)
+    return u * s.sqrt(), v * s.sqrt()
 
 
 def quantize(

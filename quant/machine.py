@@ -24,12 +24,14 @@ WMMA, ELEMENTWISE = ("gfx110", "gfx115", "gfx117", "gfx120"), ("gfx103",)
 class Kernel:
     """A product of a layer's input and its stored codes.
 
-    ``function``: kitchen's name of it, "" for PyTorch's own. ``native``: the compute capabilities whose tensor cores
-    have it; ``floor``: the least that the kernel takes. ``direct``: called past kitchen's registry, on any CUDA.
-    ``amd``: kitchen has it for AMD's matrix cores; ``elementwise``: for AMD's GPUs without, too.
+    ``function``: kitchen's name of it, "" for PyTorch's own. ``cards``: who has it, in words. ``native``: the compute
+    capabilities whose tensor cores have it; ``floor``: the least that the kernel takes. ``direct``: called past
+    kitchen's registry, on any CUDA. ``amd``: kitchen has it for AMD's matrix cores; ``elementwise``: for AMD's GPUs
+    without, too.
     """
 
     function: str
+    cards: str
     native: tuple[tuple[int, int], ...]
     floor: int
     direct: bool = False
@@ -38,22 +40,13 @@ class Kernel:
 
 
 KERNELS = {
-    "int4": Kernel("scaled_mm_svdquant_w4a4", ((80, 89), (100, 129)), 80, direct=True),
-    "rotated int4": Kernel("convrot_w4a4_linear", ((75, 89), (100, 129)), 75),
-    "4-bit weights": Kernel("gemv_awq_w4a16", ((80, 129),), 80, elementwise=True),
-    "4-bit weights, int8": Kernel("w4a8_int8_linear", ((80, 129),), 80),
-    "int8": Kernel("int8_linear", ((75, 129),), 75),
-    "fp8": Kernel("", ((89, 129),), 89, amd=False),
-    "fp4": Kernel("scaled_mm_nvfp4", ((100, 129),), 100, amd=False),
-}
-CARDS = {
-    "int4": "NVIDIA Ampere, Ada, Blackwell",
-    "rotated int4": "NVIDIA Turing, Ampere, Ada, Blackwell",
-    "4-bit weights": "NVIDIA Ampere and newer",
-    "4-bit weights, int8": "NVIDIA Ampere and newer",
-    "int8": "NVIDIA Turing and newer",
-    "fp8": "NVIDIA Ada, Hopper, Blackwell",
-    "fp4": "NVIDIA Blackwell",
+    "int4": Kernel("scaled_mm_svdquant_w4a4", "NVIDIA Ampere, Ada, Blackwell", ((80, 89), (100, 129)), 80, direct=True),
+    "rotated int4": Kernel("convrot_w4a4_linear", "NVIDIA Turing, Ampere, Ada, Blackwell", ((75, 89), (100, 129)), 75),
+    "4-bit weights": Kernel("gemv_awq_w4a16", "NVIDIA Ampere and newer", ((80, 129),), 80, elementwise=True),
+    "4-bit weights, int8": Kernel("w4a8_int8_linear", "NVIDIA Ampere and newer", ((80, 129),), 80),
+    "int8": Kernel("int8_linear", "NVIDIA Turing and newer", ((75, 129),), 75),
+    "fp8": Kernel("", "NVIDIA Ada, Hopper, Blackwell", ((89, 129),), 89, amd=False),
+    "fp4": Kernel("scaled_mm_nvfp4", "NVIDIA Blackwell", ((100, 129),), 100, amd=False),
 }
 
 

@@ -19,7 +19,7 @@ from .schemes import AWQ, KEEP, SVDQUANT
 class QuantizedLayer:
     """A quantized weight, the bias that belongs with it, and the error it made."""
 
-    weight: svdquant.SVDQuantWeight | awq.AWQWeight
+    weight: svdquant.SVDQuantWeight | awq.AWQWeight | QuantizedTensor
     bias: Tensor | None
     error: float  # ||W - W_eff|| / ||W||
 
@@ -27,8 +27,8 @@ class QuantizedLayer:
 def quantize_weight(
     weight: Tensor, bias: Tensor | None, plan: LayerPlan, dtype: torch.dtype, seed: int = 0
 ) -> QuantizedLayer:
-    """Data-free quantization of one (N, K) weight. Raises ValueError for codes, non-finite weights or an unknown
-    scheme.
+    """Data-free quantization of one (N, K) weight, by a scheme of ours or a format of ComfyUI's. Raises ValueError for
+    codes, non-finite weights or an unknown scheme.
     """
     require_float(weight)
     if plan.scheme == SVDQUANT.id:
@@ -37,6 +37,9 @@ def quantize_weight(
     elif plan.scheme == AWQ.id:
         q = awq.quantize(weight, dtype)
         dense = awq.dequantize(q)
+    elif plan.scheme in core_formats.FORMATS:
+        q = core_formats.quantize(weight, plan.scheme, dtype)
+        dense = q.dequantize().float()
     else:
         raise ValueError(f"no quantizer for scheme {plan.scheme!r}")
     norm = weight.float().norm()

@@ -26,17 +26,20 @@ from comfy_kitchen.tensor import QuantizedTensor
 from comfy_kitchen.tensor.nvfp4 import TensorCoreNVFP4Layout
 from torch import Tensor
 
+from .checks import require_shapes
+from .packing import Packed
+
 GROUP = 16
 LAYOUT = "TensorCoreNVFP4Layout"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SIDES = ("smooth_factor", "proj_down", "proj_up")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class NVFP4LowRankWeight:
+class NVFP4LowRankWeight(Packed):
     """A quantized (N, K) weight; see the table above. Raises ValueError when shapes do not belong together."""
 
+    SIDES = ("smooth_factor", "proj_down", "proj_up")
     qweight: Tensor
     block_scale: Tensor
     channel_scale: Tensor
@@ -48,26 +51,8 @@ class NVFP4LowRankWeight:
         n, k = self.shape
         if k % GROUP or n % 16:
             raise ValueError(f"svdquant_nvfp4: N={n} and K={k} must be multiples of 16")
-        expected = dict(
-            block_scale=(n, k // GROUP), channel_scale=(n,), smooth_factor=(k,),
-            proj_down=(k, self.rank), proj_up=(n, self.rank),
-        )  # fmt: skip
-        for name, shape in expected.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
-                raise ValueError(f"svdquant_nvfp4: {name} has shape {got}, expected {shape} for N={n}, K={k}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self) -> int:
-        return self.proj_down.shape[-1]
-
-    def to(self, dtype: torch.dtype) -> NVFP4LowRankWeight:
-        """The same weight with its 16-bit tensors in ``dtype``; codes and scales stay as they are."""
-        return replace(self, **{n: getattr(self, n).to(dtype) for n in SIDES})
+        expected = dict(block_scale=(n, k // GROUP), channel_scale=(n,), smooth_factor=(k,))
+        require_shapes(self, "svdquant_nvfp4", **expected, proj_down=(k, self.rank), proj_up=(n, self.rank))
 
 
 def codes(w: NVFP4LowRankWeight) -> Tensor:
@@ -116,8 +101,8 @@ def unblocked(scale: Tensor, n: int, groups: int) -> Tensor:
 @lru_cache(maxsize=1)
 def _say_emulated() -> None:
     log.warning(
-        "This GPU has no FP4 tensor cores: an nvfp4 model is emulated on it, in 16-bit speed. An int4 file of the same "
-        "model runs natively on it; NVIDIA Blackwell runs this one natively"
+        "This GPU has no FP4 tensor cores: an nvfp4 model is emulated on it, in 16-bit speed. "
+        "An int4 file of the same model runs natively on it; NVIDIA Blackwell runs this one natively"
     )
 
 

@@ -22,10 +22,35 @@ Sources: comfy-kitchen backends/eager/svdquant.py (both orders).
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 TILE_N, GROUP, QUAD = 128, 64, 4
+
+
+class Packed:
+    """What dataclasses of an (N, K) weight with two codes a byte share. ``SIDES``: fields in the compute dtype."""
+
+    SIDES: ClassVar[tuple[str, ...]] = ("proj_down", "proj_up")
+    qweight: Tensor
+    proj_down: Tensor | None
+    proj_up: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.qweight.shape[0], self.qweight.shape[1] * 2
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.proj_down is None else self.proj_down.shape[-1]
+
+    def to(self, dtype: torch.dtype) -> Packed:
+        """The same weight with its side tensors in ``dtype``; codes stay as they are."""
+        sides = {n: getattr(self, n) for n in self.SIDES}
+        return replace(self, **{n: None if t is None else t.to(dtype) for n, t in sides.items()})
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """One linear layer made of several quantized ones, and joining layers that a model keeps apart or together.
 
-    rows      the parts read the same input, their outputs stand one after the other: q, k and v with smooths of their
-    own
-    columns   each part reads its share of the input, their outputs are summed: attention and feed-forward of a FLUX
-    single
-              block, of which only the second reads a GELU
+    rows      the parts read the same input, their outputs stand one after the other: q, k and v of unlike smooths
+    columns   each part reads its share of the input, their outputs are summed: attention and feed-forward of a single
+              block of FLUX, of which only the second reads a GELU
 
     y = join(part_i(x_i)) + (x proj_down) proj_up^T + bias       the branch is what LoRAs add; its rank may be 0
 
@@ -20,10 +18,10 @@ import torch
 from torch import Tensor
 
 from . import awq, core_low_rank, nvfp4_lowrank, svdquant, weight_only
-from . import rows as fused
 from .awq import AWQWeight
 from .core_low_rank import CoreLowRankWeight
 from .nvfp4_lowrank import NVFP4LowRankWeight
+from .packing import GROUP
 from .svdquant import SVDQuantWeight
 from .weight_only import WeightOnly
 
@@ -101,29 +99,37 @@ def shift(w: Plain | Parts) -> Tensor | None:
 
 
 def take_rows(w: Plain | Parts | CoreLowRankWeight, start: int, stop: int) -> Plain | CoreLowRankWeight:
-    """Rows [start, stop) of any plain weight; raises ValueError for parts, which are joined last."""
+    """Rows [start, stop) of any plain weight; what belongs to all of them is shared. Raises ValueError for parts, which
+    are joined last, and for rows that are not there.
+    """
+    if isinstance(w, Parts):
+        raise ValueError("rows of a layer that is made of parts")
+    if not 0 <= start < stop <= w.shape[0]:
+        raise ValueError(f"rows {start} to {stop} of a weight with {w.shape[0]}")
     if isinstance(w, NVFP4LowRankWeight):
         return nvfp4_lowrank.rows(w, start, stop)
     if isinstance(w, WeightOnly):
         return weight_only.rows(w, start, stop)
     if isinstance(w, CoreLowRankWeight):
         return core_low_rank.rows(w, start, stop)
-    if isinstance(w, Parts):
-        raise ValueError("rows of a layer that is made of parts")
-    return fused.rows(w, start, stop)
+    cut = dict(qweight=w.qweight[start:stop].contiguous(), wscales=w.wscales[:, start:stop].contiguous())
+    if isinstance(w, AWQWeight):
+        cut["wzeros"] = w.wzeros[:, start:stop].contiguous()
+    if w.proj_up is not None:
+        cut["proj_up"] = w.proj_up[start:stop].contiguous()
+    return replace(w, **cut)
 
 
 def crop(w: Plain, n: int, k: int) -> Plain:
     """The first N rows and K columns: what an exporter padded to its tile size. Only svdquant_w4a4 is padded."""
     if w.shape == (n, k):
         return w
-    if not isinstance(w, SVDQuantWeight) or n > w.shape[0] or k > w.shape[1] or k % svdquant.GROUP:
+    if not isinstance(w, SVDQuantWeight) or n > w.shape[0] or k > w.shape[1] or k % GROUP:
         raise ValueError(f"a stored weight of {w.shape} cannot be cut to {(n, k)}")
-    w = fused.rows(w, 0, n)
-    return replace(
-        w, qweight=w.qweight[:, : k // 2].contiguous(), wscales=w.wscales[: k // svdquant.GROUP].contiguous(),
-        smooth_factor=w.smooth_factor[:k].contiguous(), proj_down=w.proj_down[:k].contiguous(),
-    )  # fmt: skip
+    w = take_rows(w, 0, n)
+    codes = dict(qweight=w.qweight[:, : k // 2].contiguous(), wscales=w.wscales[: k // GROUP].contiguous())
+    sides = {n: getattr(w, n)[:k].contiguous() for n in ("smooth_factor", "proj_down")}
+    return replace(w, **codes, **sides)
 
 
 def join(parts: Sequence[Plain], axis: str) -> Plain | Parts:

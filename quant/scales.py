@@ -1,4 +1,4 @@
-"""Signed scale search for 4-bit groups: codes in [-8, 7], scales of either sign.
+"""Signed scale search for 4-bit groups: codes in [-8, 7], scales of either sign. And groups rounded to their largest.
 
 With scale = -sign(extreme) * amax / 8 the largest element lands on code -8, so all 16 codes are used; kernels multiply
 activation and weight scales as signed numbers, so a negative scale costs nothing at run time. Measured on real layers
@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 64
+from .packing import GROUP
+
 CHUNK = 2**24  # elements searched at once: bounds the peak memory to a few hundred MB
 # (divisor, share of amax): code -8 reaches the extreme, or code +7 does.
 CANDIDATES = tuple((-8.0, s) for s in (1.06, 1.0, 0.95, 0.90, 0.85, 0.80)) + tuple((7.0, s) for s in (1.0, 0.92, 0.84))
@@ -33,6 +34,22 @@ def search(
     rows = max(1, CHUNK // k)
     parts = [_search(part.float(), h, dtype, candidates) for part in weight.split(rows)]
     return torch.cat([c for c, _ in parts]), torch.cat([s for _, s in parts]).t().contiguous()
+
+
+def applied(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What integer ``codes`` (N, K) and ``scales`` (K/64, N) stand for, (N, K) in ``dtype``."""
+    n, k = codes.shape
+    groups = codes.to(dtype).reshape(n, k // GROUP, GROUP)
+    return groups.mul_(scales.to(dtype).t().unsqueeze(-1)).reshape(n, k)
+
+
+def rounded(x: Tensor, qmax: int) -> Tensor:
+    """``x`` (..., K) rounded to steps of its groups' largest magnitudes over ``qmax``, and back: what comes of an
+    activation. Codes are [-7, 7] for 7 and [0, 15] for 15.
+    """
+    groups = x.unflatten(-1, (-1, GROUP))
+    step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / qmax
+    return ((groups / step).round_().clamp_(0 if qmax == 15 else -qmax, qmax) * step).flatten(-2)
 
 
 def _search(weight: Tensor, h: Tensor, dtype: torch.dtype, candidates) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .packing import GROUP
+
 KEEP = "keep"  # not a scheme: the layer stays in 16 bits
 ROWS = 8  # kernels read scales and write outputs 16 bytes at a time
 
@@ -36,11 +38,11 @@ class QuantScheme:
 
 
 SVDQUANT = QuantScheme(
-    "svdquant_w4a4", 4, 4, 64, low_rank=True, zero_point=False,
+    "svdquant_w4a4", 4, 4, GROUP, low_rank=True, zero_point=False,
     summary="int4 weights and activations, a 16-bit low-rank branch for the outliers (SVDQuant)",
 )  # fmt: skip
 AWQ = QuantScheme(
-    "awq_w4a16", 4, 16, 64, low_rank=False, zero_point=True,
+    "awq_w4a16", 4, 16, GROUP, low_rank=False, zero_point=True,
     summary="int4 weights with zero points, 16-bit activations: for modulations and text projections",
 )  # fmt: skip
 

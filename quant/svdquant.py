@@ -20,21 +20,23 @@ Storage range is [-8, 7]; the activation quantizer emits [-7, 7]. Source: comfy-
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .packing import unpack_signed
+from . import scales
+from .checks import require_shapes
+from .packing import GROUP, Packed, unpack_signed
 
-GROUP = 64
 SHIFT = 0.171875  # 11/64, just over the minimum of GELU
 
 
 @dataclass(frozen=True)
-class SVDQuantWeight:
+class SVDQuantWeight(Packed):
     """A quantized (N, K) weight; see the table above. Raises ValueError when shapes do not belong together."""
 
+    SIDES = ("wscales", "smooth_factor", "proj_down", "proj_up")
     qweight: Tensor
     wscales: Tensor
     smooth_factor: Tensor
@@ -44,28 +46,10 @@ class SVDQuantWeight:
 
     def __post_init__(self):
         n, k = self.shape
-        expected = dict(wscales=(k // GROUP, n), smooth_factor=(k,), proj_down=(k, self.rank), proj_up=(n, self.rank))
         if k % GROUP:
             raise ValueError(f"svdquant_w4a4: K={k} is not a multiple of {GROUP}")
-        for name, shape in expected.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
-                raise ValueError(f"svdquant_w4a4: {name} has shape {got}, expected {shape} for N={n}, K={k}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self) -> int:
-        return self.proj_down.shape[-1]
-
-    def to(self, dtype: torch.dtype) -> SVDQuantWeight:
-        """The same weight with its side tensors in ``dtype``; codes stay as they are."""
-        sides = {
-            f.name: getattr(self, f.name).to(dtype) for f in fields(self) if f.name not in ("qweight", "act_unsigned")
-        }
-        return replace(self, **sides)
+        branch = dict(proj_down=(k, self.rank), proj_up=(n, self.rank))
+        require_shapes(self, "svdquant_w4a4", wscales=(k // GROUP, n), smooth_factor=(k,), **branch)
 
 
 def blank(n: int, k: int, rank: int, dtype: torch.dtype, act_unsigned: bool = False) -> SVDQuantWeight:
@@ -77,9 +61,7 @@ def blank(n: int, k: int, rank: int, dtype: torch.dtype, act_unsigned: bool = Fa
 
 def residual(w: SVDQuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The 4-bit part in the raw-x domain: codes * wscales / smooth_factor, (N, K) computed in ``dtype``."""
-    n, k = w.shape
-    codes = unpack_signed(w.qweight).to(dtype).reshape(n, k // GROUP, GROUP)
-    return codes.mul_(w.wscales.to(dtype).t().unsqueeze(-1)).reshape(n, k).div_(w.smooth_factor.to(dtype))
+    return scales.applied(unpack_signed(w.qweight), w.wscales, dtype).div_(w.smooth_factor.to(dtype))
 
 
 def dequantize(w: SVDQuantWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,18 +89,12 @@ def dense_bias(w: SVDQuantWeight, bias: Tensor | None) -> Tensor | None:
 
 def quantize_activation(x: Tensor, w: SVDQuantWeight) -> Tensor:
     """What the 4-bit product sees of ``x`` (..., K): quantized and dequantized, still smoothed and shifted."""
-    k = w.shape[1]
-    xs = ((x.float() + (SHIFT if w.act_unsigned else 0.0)) / w.smooth_factor.float()).unflatten(-1, (k // GROUP, GROUP))
-    low, high = (0, 15) if w.act_unsigned else (-7, 7)
-    scale = xs.abs().amax(-1, keepdim=True).clamp(min=1e-10) / high
-    return ((xs / scale).round().clamp(low, high) * scale).flatten(-2)
+    xs = (x.float() + (SHIFT if w.act_unsigned else 0.0)) / w.smooth_factor.float()
+    return scales.rounded(xs, 15 if w.act_unsigned else 7)
 
 
 def linear(x: Tensor, w: SVDQuantWeight, bias: Tensor | None = None) -> Tensor:
     """Reference forward in float32: x (..., K) -> (..., N). This is the specification; kernels are held against it."""
-    n, k = w.shape
-    codes = unpack_signed(w.qweight).float().reshape(n, k // GROUP, GROUP)
-    weight = (codes * w.wscales.float().t().unsqueeze(-1)).reshape(n, k)
-    y = quantize_activation(x, w) @ weight.t()
+    y = quantize_activation(x, w) @ scales.applied(unpack_signed(w.qweight), w.wscales).t()
     y = y + (x.float() @ w.proj_down.float()) @ w.proj_up.float().t()
     return y if bias is None else y + bias.float()

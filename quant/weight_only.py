@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import gguf_blocks
+from .checks import require_shapes
 
 BNB = ("nf4", "fp4")
 CODECS = (*BNB, *gguf_blocks.BLOCKS)
@@ -48,11 +49,7 @@ class WeightOnly:
             if k % row.weights:
                 raise ValueError(f"{self.codec}: K={k} is not a multiple of {row.weights}")
             want = {"qdata": (n, k // row.weights * row.nbytes)}
-        for name, shape in want.items():
-            value = getattr(self, name)
-            if value is None or tuple(value.shape) != shape:
-                got = None if value is None else tuple(value.shape)
-                raise ValueError(f"{self.codec}: {name} has shape {got}, expected {shape} for N={n}, K={k}")
+        require_shapes(self, self.codec, **want)
 
     def to(self, dtype: torch.dtype) -> WeightOnly:
         """Itself: it has no tensors in the compute dtype."""
@@ -79,12 +76,8 @@ def rows(w: WeightOnly, start: int, stop: int) -> WeightOnly:
 def stack(parts: tuple[WeightOnly, ...]) -> WeightOnly | None:
     """The parts' rows one under the other as one weight, or None when their codes differ in kind."""
     first = parts[0]
-    same = all(
-        p.codec == first.codec and p.block == first.block and p.shape[1] == first.shape[1]
-        and (first.table is None or torch.equal(p.table, first.table))
-        for p in parts
-    )  # fmt: skip
-    if not same:
+    kinds = {(p.codec, p.block, p.shape[1]) for p in parts}
+    if len(kinds) > 1 or (first.table is not None and not all(torch.equal(p.table, first.table) for p in parts)):
         return None
     absmax = None if first.absmax is None else torch.cat([p.absmax for p in parts])
     shape = (sum(p.shape[0] for p in parts), first.shape[1])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..reading import textfile
-from .table import ATTENTIONS, CONVOLUTIONS
+from .operations import ATTENTIONS, CONVOLUTIONS
 
 AS_IT_IS = "as it is"
 MAX_LINES = 200
@@ -14,7 +14,7 @@ Key = tuple[str, int]  # ComfyUI's name of a block: ("input", 1), ("middle", 0),
 
 
 @dataclass(frozen=True)
-class Place:
+class UNetBlock:
     """A block: how often it is halved (``level``, 0 at the top), and whether there is something to slim."""
 
     key: Key
@@ -42,14 +42,14 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Slimming:
     """What becomes of a block: ids of `table`, "" for as it is."""
 
     attention: str = ""
     convolutions: str = ""
 
 
-def choose(places: Sequence[Place], wish: Wish) -> dict[Key, Choice]:
+def choose(places: Sequence[UNetBlock], wish: Wish) -> dict[Key, Slimming]:
     """Block -> what it gets, without those that stay. Raises ValueError for an unknown word, block or line."""
     if not 0 <= wish.strength < 1:
         raise ValueError(f"strength is {wish.strength:g}; it goes from 0 to below 1")
@@ -61,7 +61,7 @@ def choose(places: Sequence[Place], wish: Wish) -> dict[Key, Choice]:
     top = sorted({p.level for p in places if p.attention})[: wish.attention_levels]
     low = sorted({p.level for p in places if p.convolutions}, reverse=True)[: wish.conv_levels]
     out = {
-        p.key: Choice(
+        p.key: Slimming(
             wish.attention if p.attention and p.level in top and wish.attention in ATTENTIONS else "",
             wish.convolutions if p.convolutions and p.level in low and wish.convolutions in CONVOLUTIONS else "",
         )
@@ -71,25 +71,25 @@ def choose(places: Sequence[Place], wish: Wish) -> dict[Key, Choice]:
     for name, words in _lines(wish.blocks):
         if name not in known:
             raise ValueError(f"this model has no block {name[:40]!r}; it has {', '.join(known)}")
-        out[known[name].key] = _said(known[name], words)
-    return {key: choice for key, choice in out.items() if choice != Choice()}
+        out[known[name].key] = _slimming(known[name], words)
+    return {key: choice for key, choice in out.items() if choice != Slimming()}
 
 
-def _said(place: Place, words: list[str]) -> Choice:
+def _slimming(block: UNetBlock, words: list[str]) -> Slimming:
     attention = convolutions = ""
     for word in words:
-        if word in ATTENTIONS and place.attention:
+        if word in ATTENTIONS and block.attention:
             attention = word
-        elif word in CONVOLUTIONS and place.convolutions:
+        elif word in CONVOLUTIONS and block.convolutions:
             convolutions = word
         elif word in ATTENTIONS or word in CONVOLUTIONS:
             raise ValueError(
-                f"{place.name} has nothing for {word!r}: no self-attention or 3x3 convolution of that kind"
+                f"{block.name} has nothing for {word!r}: no self-attention or 3x3 convolution of that kind"
             )
         elif word != AS_IT_IS:
             options = (AS_IT_IS, *ATTENTIONS, *CONVOLUTIONS)
-            raise ValueError(f"{place.name}: {word[:40]!r} is none of {', '.join(options)}")
-    return Choice(attention, convolutions)
+            raise ValueError(f"{block.name}: {word[:40]!r} is none of {', '.join(options)}")
+    return Slimming(attention, convolutions)
 
 
 def _lines(text: str) -> list[tuple[str, list[str]]]:

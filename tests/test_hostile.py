@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_nibble.adapters import load as load_adapter
 from comfyui_nibble.checkpoints import header
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.repack import repack
 from comfyui_nibble.checkpoints.source import open_source
+from comfyui_nibble.image_prompt import load as load_adapter
 from comfyui_nibble.lora import peft
 from comfyui_nibble.lora.read import read_file
 from comfyui_nibble.prompts import domain, record, sets

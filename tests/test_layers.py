@@ -13,7 +13,7 @@ COMFYUI = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "comfy_confi
 CORE = {
     "training",
     "lora",
-    "adapters",
+    "image_prompt",
     "sampling",
     "slim",
     "prompts",
@@ -33,7 +33,7 @@ ALLOWED = {
     "training": {"lora", "sampling", "quant", "reading", "writing"},
     "lora": {"families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
     "checkpoints": {"families", "quant", "writing"},
-    "demo": {"metrics", "training", "adapters", "reading", "writing"},
+    "demo": {"metrics", "training", "image_prompt", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition
     "families": set(),
     "quant": set(),
@@ -41,7 +41,7 @@ ALLOWED = {
     "sampling": {"families"},
     "profiling": set(),
     "metrics": set(),
-    "adapters": set(),
+    "image_prompt": set(),
     "reading": set(),
     "writing": {"reading"},
 }
@@ -121,3 +121,19 @@ def test_families_need_no_torch():
     """They are read for help texts and lists, before anything heavy is."""
     code = "import sys, comfyui_nibble.families; raise SystemExit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, timeout=60).returncode == 0
+
+
+MOST_LINES = 60
+SCHEMAS = {"define_schema"}  # tables in the shape that ComfyUI wants
+
+
+def test_functions_are_short_and_hold_no_class():
+    """A class in a function is a new one at each call, and its behaviour can be neither read nor tested alone."""
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            where = f"{path.relative_to(ROOT)}: {node.name}"
+            assert not any(isinstance(n, ast.ClassDef) for n in ast.walk(node)), f"{where} defines a class"
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MOST_LINES or node.name in SCHEMAS, f"{where} has {lines} lines"

@@ -1,12 +1,10 @@
 """bitsandbytes 4-bit layers, NF4 and FP4, as diffusers and some single-file checkpoints store them. Kept as they are.
 
-    <layer>.weight                                    U8 (N*K/2, 1) or flat; row-major, the high nibble is the first of
-    two
+    <layer>.weight                                    U8 (N*K/2, 1) or flat; row-major, the high nibble comes first
     <layer>.weight.absmax                             F32 (N*K/block,), or U8 when nested
     <layer>.weight.quant_map                          F32 (16,)
     <layer>.weight.quant_state.bitsandbytes__nf4      U8, JSON: quant_type, blocksize, shape, dtype (or ...__fp4)
-    <layer>.weight.nested_absmax, .nested_quant_map   nested: absmax = map[code] * nested_absmax[i // 256] +
-    nested_offset
+    <layer>.weight.nested_absmax, .nested_quant_map   absmax = map[code] * nested_absmax[i // 256] + nested_offset
 
 W = quant_map[code] * absmax[position // blocksize]. Source: bitsandbytes functional.py (QuantState.from_dict).
 """
@@ -20,13 +18,14 @@ import torch
 from torch import Tensor
 
 from ...quant.weight_only import BNB, WeightOnly
-from ..errors import CheckpointError
+from ..errors import naming
 from .stored import StoredLayer, all_finite
 
 TITLE = "bitsandbytes"
 MARK = ".weight.quant_state.bitsandbytes__"
 REPAIR = "Download the file again, or load it with bitsandbytes itself"
 NESTED_BLOCK = 256
+SIDES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MAX_CONFIG = 65_536
 
 
@@ -56,13 +55,10 @@ def read(tensors: MutableMapping[str, Tensor], file: str) -> dict[str, StoredLay
     """Takes every NF4 and FP4 layer out of ``tensors``; biases stay. Raises CheckpointError naming the layer."""
     found = {}
     for layer, codec in layers(tensors).items():
-        get = {n: tensors.pop(f"{layer}.weight.{n}", None)
-               for n in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")}  # fmt: skip
+        get = {n: tensors.pop(f"{layer}.weight.{n}", None) for n in SIDES}
         weight, entry = tensors.pop(f"{layer}.weight", None), tensors.pop(f"{layer}{MARK}{codec}")
-        try:
+        with naming(file, REPAIR, layer):
             found[layer] = StoredLayer(_read_layer(codec, weight, state(entry), get), form=codec)
-        except (ValueError, RuntimeError, IndexError, TypeError) as e:
-            raise CheckpointError(file, str(e), REPAIR, layer) from e
     return found
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...quant.core_low_rank import CoreLowRankWeight, beside, has_kernel
 from ...quant.kernels import tensors
+from ...quant.packing import GROUP
 from .stored import encode_config
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -72,8 +73,8 @@ def _int8(config: Mapping) -> dict:
 
 
 def _convrot(config: Mapping) -> dict:
-    return {"convrot_groupsize": _option(config, "convrot_groupsize", 256), "quant_group_size": 64,
-            "linear_dtype": _option(config, "linear_dtype", "int4")}  # fmt: skip
+    options = {n: _option(config, n, default) for n, default in (("convrot_groupsize", 256), ("linear_dtype", "int4"))}
+    return {**options, "quant_group_size": GROUP}
 
 
 def _asym(config: Mapping) -> dict:

@@ -8,7 +8,8 @@
 
 Everything of svdq but wtscale is permuted, vectors too; of awq only qweight is. The shapes on disk are nominal, so
 nothing may be cut or joined before it is unpacked. smooth_orig is never read at run time and is dropped.
-Layers come out in natural order, under the file's own names. Source: the nunchaku engine and its exporter's packer.
+Layers come out in natural order, under the file's own names. Source: the nunchaku engine and its exporter's packer;
+held against tensors that the exporter's own code packed (tests/data/nunchaku).
 """
 
 from __future__ import annotations
@@ -23,9 +24,8 @@ from ...quant import packing
 from ...quant.awq import AWQWeight
 from ...quant.nvfp4_lowrank import NVFP4LowRankWeight
 from ...quant.svdquant import SVDQuantWeight
-from .. import pages
-from ..errors import CheckpointError
-from . import nunchaku_order as order
+from .. import lazy
+from ..errors import naming
 from .stored import StoredLayer, all_finite
 
 TITLE = "nunchaku"
@@ -118,6 +118,17 @@ def rank(parts: Mapping[str, tuple]) -> int:
     return next((parts[n][1][-1] for n in ("proj_down", "lora_down") if n in parts and parts[n][1]), 0)
 
 
+def logical_shapes(names: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """``names`` (with their shapes) and a ``.weight`` of its logical shape for every packed layer."""
+    out = dict(names)
+    for name, shape in names.items():
+        if name.endswith(END) and len(shape) == 2:
+            layer, (n, half) = name.removesuffix(END), shape
+            scales = names.get(f"{layer}.wscales", ())
+            out.setdefault(f"{layer}.weight", (scales[1] if len(scales) == 2 else n, 2 * half))  # awq packs rows too
+    return out
+
+
 OWN = ("qweight", "wscales", "wzeros", "wcscales", "wtscale", *V2, *V2.values())
 
 
@@ -126,39 +137,115 @@ def of_layer(names: Mapping[str, object], layer: str) -> dict[str, object]:
     return {n: names[f"{layer}.{n}"] for n in (*OWN, "qzeros", "g_idx") if f"{layer}.{n}" in names}
 
 
-def read(tensors: MutableMapping[str, Tensor], file: str) -> dict[str, StoredLayer]:
-    """Takes every packed layer out of ``tensors``; its bias stays there, unpacked. Raises CheckpointError."""
+@dataclass(frozen=True)
+class Order:
+    """An order in which the kernels want a matrix: reshape, permute, reshape. Both directions, byte for byte.
+
+    ``split``: shape of the stored tensor -> its small dimensions, which ``permute`` brings into natural order;
+    ``natural``: the shape of the stored tensor -> the shape to read it as.
+    """
+
+    split: Callable[..., tuple[int, ...]]
+    permute: tuple[int, ...]
+    natural: Callable[..., tuple[int, ...]]
+
+    def unpack(self, stored: Tensor) -> Tensor:
+        """Stored order -> natural order."""
+        if not stored.numel():
+            return stored.reshape(self.natural(*stored.shape))
+        small = stored.reshape(self.split(*stored.shape)).permute(self.permute)
+        out = lazy.empty(self.natural(*stored.shape), stored.dtype, stored)
+        out.view(small.shape).copy_(small)
+        return out
+
+    def pack(self, value: Tensor) -> Tensor:
+        """Natural order -> stored order."""
+        stored = self.natural(*value.shape)  # every order here is its own inverse on shapes
+        if not value.numel():
+            return value.reshape(stored)
+        split = self.split(*stored)
+        back = sorted(range(len(split)), key=self.permute.__getitem__)
+        return value.reshape([split[i] for i in self.permute]).permute(back).reshape(stored)
+
+
+def _same(*shape: int) -> tuple[int, ...]:
+    return shape
+
+
+def _swapped(a: int, b: int) -> tuple[int, int]:
+    return b, a
+
+
+# Dimensions by name, n = output rows, k = input columns.
+# codes: tile of 128 rows, group of 64 columns, then 16 rows, lane row, lane column, 8-row half, 32-column half, byte
+CODES = Order(lambda n, h: (n // 128, h // 32, 8, 8, 4, 2, 2, 4), (0, 2, 5, 3, 1, 6, 4, 7), _same)
+# int4 scales (K/64, N): n = 128 tile + 16 a + 8 b + 2 c + d, stored as tile, group, a, c, b, d
+SCALES = Order(lambda g, n: (n // 128, g, 8, 4, 2, 2), (1, 0, 2, 4, 3, 5), _same)
+# bias, smooth, channel scales: the same without groups; stored positions 0, 1, 2, 3 are 0, 1, 8, 9
+VECTOR = Order(lambda n: (n // 128, 8, 4, 2, 2), (0, 1, 3, 2, 4), _same)
+# nvfp4 scales, stored (K/16, N), natural (N, K/16): n = 128 tile + 32 sp + 8 q + l, group = 4 kt + kk
+FP4_SCALES = Order(lambda g, n: (n // 128, g // 4, 8, 4, 4, 4), (0, 4, 3, 2, 1, 5), _swapped)
+# branch factors: 16 x 16 tiles
+DOWN = Order(lambda k, r: (k // 16, r // 16, 8, 4, 2, 2, 2), (0, 5, 3, 6, 1, 4, 2), _same)
+UP = Order(lambda n, r: (n // 16, r // 16, 8, 4, 2, 2, 2), (0, 4, 2, 1, 5, 3, 6), _same)
+
+
+def awq_codes(stored: Tensor) -> Tensor:
+    """I32 (N/4, K/2) -> (N, K) uint8 codes, 0..15.
+
+    As 16-bit words: 4 rows of a 64-column tile side by side, 16 words each; nibble j of word i of half h is column
+    32 h + 8 j + i.
+    """
+    n, k = stored.shape[0] * 4, stored.shape[1] * 2
+    words = stored.contiguous().view(torch.int16).reshape(n // 4, k // 64, 4, 2, 8).permute(0, 2, 1, 3, 4)
+    nibbles = [(words >> shift) & 15 for shift in (0, 4, 8, 12)]
+    return torch.stack(nibbles, -2).reshape(n, k).to(torch.uint8)
+
+
+def pack_awq_codes(codes: Tensor) -> Tensor:
+    """The inverse of `awq_codes`."""
+    n, k = codes.shape
+    nibbles = codes.to(torch.int32).reshape(n, k // 64, 2, 4, 8).unbind(-2)
+    words = sum(c << shift for c, shift in zip(nibbles, (0, 4, 8, 12), strict=True))
+    words = torch.where(words > 32767, words - 65536, words).to(torch.int16)
+    tiles = words.reshape(n // 4, 4, k // 64, 16).permute(0, 2, 1, 3).reshape(n // 4, k)
+    return tiles.contiguous().view(torch.int32)
+
+
+def read(tensors: MutableMapping[str, Tensor], file: str, lite: bool = False) -> dict[str, StoredLayer]:
+    """Takes every packed layer out of ``tensors``; its bias stays there, unpacked. ``lite``: diffusers' Nunchaku Lite
+    wrote them, which weaves no modulation and has no unsigned activations. Raises CheckpointError.
+    """
     found = {}
     for layer in [k.removesuffix(END) for k in tensors if k.endswith(END)]:
         parts = {n: tensors.pop(f"{layer}.{n}") for n in OWN if f"{layer}.{n}" in tensors}
         parts = {V2.get(n, n): t for n, t in parts.items()}
         bias = tensors.pop(f"{layer}.bias", None)
-        try:
-            found[layer], bias = _read_layer(parts, bias)
-        except (ValueError, RuntimeError, IndexError) as e:
-            raise CheckpointError(file, str(e), REPAIR, layer) from e
+        with naming(file, REPAIR, layer):
+            found[layer], bias = _read_layer(parts, bias, lite)
         if bias is not None:
             tensors[f"{layer}.bias"] = bias
     return found
 
 
-def _read_layer(parts: dict[str, Tensor], bias: Tensor | None) -> tuple[StoredLayer, Tensor | None]:
+def _read_layer(parts: dict[str, Tensor], bias: Tensor | None, lite: bool) -> tuple[StoredLayer, Tensor | None]:
     finite(parts)
     awq = parts["qweight"].dtype == torch.int32
     gone = [n for n in (("wscales", "wzeros") if awq else ("wscales", "smooth_factor")) if n not in parts]
     if gone or parts["qweight"].dim() != 2:
         raise ValueError(f"{gone[0]} is not there" if gone else "qweight is no matrix")
     if awq:
-        return StoredLayer(unpack_awq(parts), form=AWQ), bias
+        return StoredLayer(unpack_awq(parts), form=AWQ, padded=True, woven=not lite), bias
     n, k = parts["qweight"].shape[0], parts["qweight"].shape[1] * 2
     if n % TILE or k % TILE or n * k == 0:
         raise ValueError(f"N={n}, K={k} are not multiples of {TILE}, so it is not packed as its name says")
     if bias is not None:
         want("bias", bias, (n,))
-        bias = order.VECTOR.unpack(bias)
+        bias = VECTOR.unpack(bias)
     fp4 = parts["wscales"].dtype == torch.float8_e4m3fn
-    weight = unpack_nvfp4(parts) if fp4 else unpack_int4(parts)
-    return StoredLayer(weight, form=SVDQ_FP4 if fp4 else SVDQ), bias
+    if fp4:
+        return StoredLayer(unpack_nvfp4(parts), form=SVDQ_FP4, padded=True), bias
+    return StoredLayer(unpack_int4(parts), form=SVDQ, padded=True, unsigned=not lite), bias
 
 
 def want(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
@@ -186,27 +273,25 @@ def _common(parts: dict[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
     want("lora_up", up, (n, r))
     if r % RANK_TILE:
         raise ValueError(f"a packed branch has a rank that is a multiple of {RANK_TILE}, not {r}")
-    return dict(
-        smooth_factor=order.VECTOR.unpack(smooth), proj_down=order.DOWN.unpack(down), proj_up=order.UP.unpack(up)
-    )
+    return dict(smooth_factor=VECTOR.unpack(smooth), proj_down=DOWN.unpack(down), proj_up=UP.unpack(up))
 
 
 def unpack_int4(parts: dict[str, Tensor]) -> SVDQuantWeight:
     n, k = parts["qweight"].shape[0], parts["qweight"].shape[1] * 2
     want("wscales", parts["wscales"], (k // 64, n))
-    codes = order.CODES.unpack(parts["qweight"])
-    return SVDQuantWeight(codes, order.SCALES.unpack(parts["wscales"]), **_common(parts, n, k))
+    codes = CODES.unpack(parts["qweight"])
+    return SVDQuantWeight(codes, SCALES.unpack(parts["wscales"]), **_common(parts, n, k))
 
 
 def unpack_nvfp4(parts: dict[str, Tensor]) -> NVFP4LowRankWeight:
     n, k = parts["qweight"].shape[0], parts["qweight"].shape[1] * 2
     want("wscales", parts["wscales"], (k // 16, n))
-    codes = order.CODES.unpack(parts["qweight"]).view(torch.uint8)
-    block = order.FP4_SCALES.unpack(parts["wscales"].view(torch.uint8)).view(torch.float8_e4m3fn)
+    codes = CODES.unpack(parts["qweight"]).view(torch.uint8)
+    block = FP4_SCALES.unpack(parts["wscales"].view(torch.uint8)).view(torch.float8_e4m3fn)
     channel = torch.ones(n)
     if "wcscales" in parts:
         want("wcscales", parts["wcscales"], (n,))
-        channel = order.VECTOR.unpack(parts["wcscales"]).float()
+        channel = VECTOR.unpack(parts["wcscales"]).float()
     if "wtscale" in parts:
         if parts["wtscale"].numel() != 1:
             raise ValueError(f"wtscale has {parts['wtscale'].numel()} values, expected one")
@@ -231,10 +316,10 @@ def unpack_awq(parts: dict[str, Tensor]) -> AWQWeight:
     scales, zeros = parts["wscales"][:groups].contiguous(), parts["wzeros"][:groups]
     zeros = (zeros.float() + 8 * scales.float()).to(scales.dtype)
     # Some rows at a time: unpacked, a modulation of FLUX.1 takes eight times its bytes.
-    codes = pages.empty((n, k // 2), torch.int8, parts["qweight"])
+    codes = lazy.empty((n, k // 2), torch.int8, parts["qweight"])
     for i, rows in enumerate(parts["qweight"].split(AWQ_ROWS)):
         at = 4 * AWQ_ROWS * i
-        codes[at : at + 4 * len(rows)] = packing.pack(order.awq_codes(rows))
+        codes[at : at + 4 * len(rows)] = packing.pack(awq_codes(rows))
     return AWQWeight(codes, scales, zeros)
 
 
@@ -247,31 +332,31 @@ def write(layer: str, weight: SVDQuantWeight | NVFP4LowRankWeight | AWQWeight, v
         parts = _awq_parts(weight)
     else:
         down, up, smooth = ("proj_down", "proj_up", "smooth_factor") if v2 else ("lora_down", "lora_up", "smooth")
-        parts = {smooth: order.VECTOR.pack(weight.smooth_factor), down: order.DOWN.pack(weight.proj_down)}
-        parts[up] = order.UP.pack(weight.proj_up)
+        parts = {smooth: VECTOR.pack(weight.smooth_factor), down: DOWN.pack(weight.proj_down)}
+        parts[up] = UP.pack(weight.proj_up)
         parts |= _int4_parts(weight) if isinstance(weight, SVDQuantWeight) else _nvfp4_parts(weight)
     return {f"{layer}.{n}": t.contiguous() for n, t in parts.items()}
 
 
 def _int4_parts(weight: SVDQuantWeight) -> dict[str, Tensor]:
-    return {"qweight": order.CODES.pack(weight.qweight), "wscales": order.SCALES.pack(weight.wscales)}
+    return {"qweight": CODES.pack(weight.qweight), "wscales": SCALES.pack(weight.wscales)}
 
 
 def _nvfp4_parts(weight: NVFP4LowRankWeight) -> dict[str, Tensor]:
-    scale = order.FP4_SCALES.pack(weight.block_scale.view(torch.uint8)).view(torch.float8_e4m3fn)
-    out = {"qweight": order.CODES.pack(_swap(weight.qweight).view(torch.int8)), "wscales": scale}
+    scale = FP4_SCALES.pack(weight.block_scale.view(torch.uint8)).view(torch.float8_e4m3fn)
+    out = {"qweight": CODES.pack(_swap(weight.qweight).view(torch.int8)), "wscales": scale}
     dtype, channel = weight.smooth_factor.dtype, weight.channel_scale
     if (channel == channel[0]).all():
         return out | {"wtscale": channel[:1].to(dtype)}
-    return out | {"wcscales": order.VECTOR.pack(channel.to(dtype)), "wtscale": torch.ones(1, dtype=dtype)}
+    return out | {"wcscales": VECTOR.pack(channel.to(dtype)), "wtscale": torch.ones(1, dtype=dtype)}
 
 
 def _awq_parts(weight: AWQWeight) -> dict[str, Tensor]:
     zeros = (weight.wzeros.float() - 8 * weight.wscales.float()).to(weight.wzeros.dtype)
-    codes = order.pack_awq_codes(packing.unpack_unsigned(weight.qweight))
+    codes = pack_awq_codes(packing.unpack_unsigned(weight.qweight))
     return {"qweight": codes, "wscales": weight.wscales, "wzeros": zeros}
 
 
 def write_bias(bias: Tensor) -> Tensor:
     """(N,) natural -> packed, as svdq layers have it."""
-    return order.VECTOR.pack(bias)
+    return VECTOR.pack(bias)

@@ -16,12 +16,18 @@ from ...quant.parts import Parts, Plain
 class StoredLayer:
     """One 4-bit layer as read: plain tensors in natural order, and whether the file had them tile-packed.
 
-    ``form``: the row of the formats' table that it came from.
+    form       the row of the formats' table that it came from
+    padded     it may be larger than the model's layer
+    unsigned   its activations are, where its place in the model says so
+    woven      the rows of a modulation's vectors take turns, where its place says that it is one
     """
 
     weight: Plain | Parts | CoreLowRankWeight
     tiled: bool = False
     form: str = "comfy_quant"
+    padded: bool = False
+    unsigned: bool = False
+    woven: bool = False
 
 
 def all_finite(tensor: Tensor) -> bool:

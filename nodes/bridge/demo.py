@@ -60,29 +60,32 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
         embeddings.token_embedding = operations.Embedding(rows, config["hidden_size"], dtype=dtype, device=device)
 
 
+class _TextEncoder(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        config = config_of("text_encoder")
+        start, end = config["bos_token_id"], config["eos_token_id"]
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=config,
+            model_class=_TextModel,
+            special_tokens={"start": start, "end": end, "pad": end},
+            return_projected_pooled=False,
+            model_options={**(model_options or {}), "model_name": "clip_l"},
+        )
+
+
 def clip():
     """The demo's text encoder as an ordinary CLIP, with the text projection that the vision tower was trained with.
 
     The projection is used by scores alone: a prompt's conditioning is that of the encoder without it.
     """
     selfcheck.require()
-    config = config_of("text_encoder")
-    start, end = config["bos_token_id"], config["eos_token_id"]
-
-    class TextEncoder(comfy.sd1_clip.SDClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
-            super().__init__(
-                device=device, dtype=dtype, textmodel_json_config=dict(config), model_class=_TextModel,
-                special_tokens={"start": start, "end": end, "pad": end}, return_projected_pooled=False,
-                model_options={**(model_options or {}), "model_name": "clip_l"},
-            )  # fmt: skip
-
-    tokenizer = partial(
-        comfy.sd1_clip.SDTokenizer, tokenizer_path=str(demo.MODEL / "tokenizer"), embedding_size=config["hidden_size"]
-    )
+    width = config_of("text_encoder")["hidden_size"]
+    tokenizer = partial(comfy.sd1_clip.SDTokenizer, tokenizer_path=str(demo.MODEL / "tokenizer"), embedding_size=width)
     target = comfy.supported_models_base.ClipTarget(
         partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer),
-        partial(comfy.sd1_clip.SD1ClipModel, clip_model=TextEncoder),
+        partial(comfy.sd1_clip.SD1ClipModel, clip_model=_TextEncoder),
     )
     weights = load_file(demo.MODEL / "text_encoder" / "model.safetensors")
     weights = {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in weights.items()}

@@ -11,8 +11,8 @@ import comfy.utils
 import torch
 
 from ... import families
-from ...checkpoints import foreign, forms
-from ...checkpoints.inspect import inspect
+from ...checkpoints import forms
+from ...checkpoints.inspect import headers, inspect
 from ...profiling import calibrate, memory, weights, work
 from ...profiling import estimate as core
 from ...profiling.cards import ARCHITECTURES, CARDS
@@ -181,7 +181,7 @@ def _entry(t: torch.Tensor) -> Entry:
 def from_file(choice: str) -> Subject:
     """A model file, from its header; tensors are only mapped, for ComfyUI's detection. Raises CheckpointError."""
     path = files.listed_path(choice, FOLDERS)
-    head, found = foreign.headers(Path(path))[1], inspect(path)  # of all its files, where it is one shard
+    head, found = headers(Path(path))[1], inspect(path)  # of all its files, where it is one shard
     p = found.prefix
     family = families.by_id(found.family_id)
     layers = {r.layer: (r.n, r.k, r.nbytes, r.scheme if r.scheme in FOUR_BIT else weights.KEEP) for r in found.rows}

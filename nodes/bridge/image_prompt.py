@@ -13,11 +13,11 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch.func import functional_call
 
-from ...adapters import ImagePrompt, load, sites_for
-from ...adapters.attention import ImageAttention, chosen
-from ...adapters.projection import EMBEDS
-from ...adapters.unicontrol import GlobalAdapter
 from ...checkpoints import header
+from ...image_prompt import ImagePrompt, load, sites_for
+from ...image_prompt.attention import ImageAttention, chosen
+from ...image_prompt.projection import EMBEDS
+from ...image_prompt.unicontrol import GlobalAdapter
 from . import selfcheck
 
 COMBINE = ["concatenate", "average"]

@@ -103,12 +103,12 @@ def rules_of(model) -> list[KeyRule]:
 @dataclass(frozen=True)
 class Goal:
     """A weight in ComfyUI's model that an update changes. ``inside``: only some of it, ComfyUI's offset (axis, start,
-    number). ``own``, ``swap``: as in lora/names.py's Slot.
+    number). ``source``, ``swap``: as in lora/names.py's Slot.
     """
 
     key: str
     inside: tuple[int, int, int] | None = None
-    own: tuple[int, int] | None = None
+    source: tuple[int, int] | None = None
     swap: bool = False
 
     @property
@@ -156,7 +156,7 @@ class Match:
         spot = place(target)
         if spot.part == MODEL and spot.name in v.layers:
             return spot, [
-                Goal(f"diffusion_model.{s.layer}.weight", None if s.into is None else (0, *s.into), s.own, s.swap)
+                Goal(f"diffusion_model.{s.layer}.weight", None if s.into is None else (0, *s.into), s.source, s.swap)
                 for s in v.layers[spot.name]
             ]
         near = v.near[spot.part].get((spot.ordinal, spot.name))
@@ -246,7 +246,7 @@ def _region(goal: Goal, owner) -> Region:
     shape = list(weight.shape)
     if goal.inside is not None:
         shape[goal.inside[0]] = goal.inside[2]
-    return Region(tuple(shape), goal.own, goal.swap, goal.inside is not None)
+    return Region(tuple(shape), goal.source, goal.swap, goal.inside is not None)
 
 
 def _weight(owner, key: str):

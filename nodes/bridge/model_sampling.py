@@ -159,6 +159,16 @@ def sigmas_of(plan: Plan, model, size: tuple[int, int]) -> torch.Tensor:
     return full.cpu()[-(plan.keep + 1) :]
 
 
+class _FromNoise:
+    """In front of a model_sampling: sampling may start at ``first`` from pure noise."""
+
+    first = 0.0
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        starts = float(torch.as_tensor(sigma).min()) >= self.first * (1 - CLOSE)
+        return super().noise_scaling(sigma, noise, latent_image, max_denoise or starts)
+
+
 def from_noise(model, first: float):
     """``model`` as it is where sampling starts at sigma ``first`` from pure noise, below the model's highest sigma.
 
@@ -168,15 +178,9 @@ def from_noise(model, first: float):
     own = model.get_model_object("model_sampling")
     if first >= float(own.sigma_max) * (1 - CLOSE):
         return model
-
-    class FromNoise(type(own)):
-        def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
-            starts = float(torch.as_tensor(sigma).min()) >= first * (1 - CLOSE)
-            return super().noise_scaling(sigma, noise, latent_image, max_denoise or starts)
-
     model_sampling = copy.copy(own)
     model_sampling._buffers = dict(own._buffers)
-    model_sampling.__class__ = FromNoise
+    model_sampling.__class__ = type("FromNoise", (_FromNoise, type(own)), {"first": first})
     return with_sampling(model, model_sampling)
 
 

@@ -18,15 +18,15 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 
 from ...checkpoints.formats import comfy_quant, core_quant
-from ...quant import core_low_rank, kernels, runtime
+from ...quant import core_low_rank, kernels
 from .patches import dense, grown, on_the_fly, shift_of
 
 # comfy-kitchen's suffixes of a weight's parts -> the on-disk names
-ON_DISK = {"": "weight", "_scale": "weight_scale", "_zeros": "weight_zero", "_smooth_factor": "smooth_factor",
-           "_proj_down": "proj_down", "_proj_up": "proj_up"}  # fmt: skip
+ON_DISK = {"": "weight", "_scale": "weight_scale", "_zeros": "weight_zero"}
+ON_DISK |= {f"_{name}": name for name in ("smooth_factor", "proj_down", "proj_up")}
 NO_MEANING = "holds .+, and nothing says what its numbers mean"  # a pattern: `load` looks for it in ComfyUI's error
-EMULATED = (("nvfp4", "supports_nvfp4_compute"), ("mxfp8", "supports_mxfp8_compute"),
-            ("float8_e4m3fn", "supports_fp8_compute"), ("float8_e5m2", "supports_fp8_compute"))  # fmt: skip
+EMULATED = {id: f"supports_{id}_compute" for id in ("nvfp4", "mxfp8")}
+EMULATED |= dict.fromkeys(("float8_e4m3fn", "float8_e5m2"), "supports_fp8_compute")
 
 
 def kernel_dtype(x: torch.Tensor) -> torch.dtype:
@@ -36,7 +36,7 @@ def kernel_dtype(x: torch.Tensor) -> torch.dtype:
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., K) -> (..., N) in x's dtype through the weight's own product, which wants one dtype, contiguous rows."""
-    dtype = x.dtype if core_low_rank.is_layout(weight._layout_cls) else kernel_dtype(x)
+    dtype = x.dtype if kernels.is_low_rank(weight._layout_cls) else kernel_dtype(x)
     if kernels.side_dtype(weight) != dtype:
         weight = kernels.cast(weight, dtype)
     y = torch.nn.functional.linear(x.to(dtype).contiguous(), weight, None if bias is None else bias.to(dtype))
@@ -48,7 +48,7 @@ def stored(weight: QuantizedTensor) -> dict[str, torch.Tensor]:
     layout = weight._layout_cls
     if not kernels.is_ours(weight):
         return {n.removeprefix("."): t for n, t in core_quant.write("", weight).items()}
-    if layout in runtime.OURS or core_low_rank.is_layout(layout) or layout == kernels.AWQ_LOW_RANK_LAYOUT:
+    if layout in kernels.BUFFERED or kernels.is_low_rank(layout) or layout == kernels.AWQ_LOW_RANK_LAYOUT:
         return {n.removeprefix("."): t for n, t in comfy_quant.write("", kernels.unwrap(weight)).items()}
     out = {ON_DISK[suffix]: tensor for suffix, tensor in kernels.tensors(weight).items()}
     unsigned = getattr(weight._params, "act_unsigned", False)
@@ -63,7 +63,7 @@ def emulated_formats(device: torch.device) -> frozenset[str]:
     theirs = getattr(comfy.ops, "get_disabled_quant_formats", None)
     if theirs is not None:
         return frozenset(theirs(device) if inspect.signature(theirs).parameters else theirs())
-    asked = ((id, getattr(comfy.model_management, name, None)) for id, name in EMULATED)
+    asked = ((id, getattr(comfy.model_management, name, None)) for id, name in EMULATED.items())
     return frozenset(id for id, supports in asked if supports is not None and not supports(device))
 
 
@@ -115,7 +115,7 @@ class FourBitLinear:
     def _load_ours(self, sd, prefix):
         weight = sd.pop(f"{prefix}weight")
         sd.pop(f"{prefix}comfy_quant", None)
-        if core_low_rank.is_layout(weight._layout_cls):
+        if kernels.is_low_rank(weight._layout_cls):
             weight = self._on_this_machine(weight)
         have, want = kernels.side_dtype(weight), self.factory_kwargs["dtype"]
         if have != want and have.itemsize == want.itemsize:  # else each forward would cast them
@@ -126,7 +126,7 @@ class FourBitLinear:
         self._keep_bias(sd, prefix)
 
     def _on_this_machine(self, weight):
-        base = core_quant.BY_LAYOUT[core_low_rank.unwrap(weight).base._layout_cls]
+        base = core_quant.BY_LAYOUT[kernels.unwrap(weight).base._layout_cls]
         params = dataclasses.replace(weight._params, emulate=base in self._disabled_formats)
         return QuantizedTensor(weight._qdata, weight._layout_cls, params)
 
@@ -157,10 +157,10 @@ class FourBitLinear:
         if kernels.is_ours(weight):
             return weight
         full = bool(getattr(self, "_full_precision_mm_config", False))
-        more = {n: getattr(self, n, None) for n in core_quant.EXTRAS}
-        more = {n: None if t is None else t.to(weight._qdata.device) for n, t in more.items()}
+        extras = {n: getattr(self, n, None) for n in core_quant.EXTRAS}
+        extras = {n: None if t is None else t.to(weight._qdata.device) for n, t in extras.items()}
         emulate = self._full_precision_mm and not full
-        return kernels.wrap(core_low_rank.beside(weight, **more, emulate=emulate, full_precision=full))
+        return kernels.wrap(core_low_rank.beside(weight, **extras, emulate=emulate, full_precision=full))
 
     def forward(self, input, *args, **kwargs):
         if not self.is_quantized:
@@ -169,8 +169,8 @@ class FourBitLinear:
         if unchanged and self.lora is None and not self.weight_function and not self.bias_function:
             return super().forward(input, *args, **kwargs)
         if args or kwargs:
-            raise TypeError(f"ComfyUI hands a 4-bit layer more than its input ({_named(args, kwargs)}), which this "
-                            "version of Nibble does not know. Update ComfyUI-Nibble")  # fmt: skip
+            what = f"ComfyUI hands a 4-bit layer more than its input ({_named(args, kwargs)})"
+            raise TypeError(f"{what}, which this version of Nibble does not know. Update ComfyUI-Nibble")
         comfy.ops.run_every_op()
         if not kernels.is_quantized(self.weight):
             return self._dense_forward(input)
@@ -195,19 +195,25 @@ class FourBitLinear:
         if functions:
             self.weight_function = []
         try:
-            return comfy.ops.CastBiasWeightContext(
-                self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=kernel_dtype(input),
-                offloadable=True, compute_dtype=input.dtype, want_requant=True,
-            )  # fmt: skip
+            return self._cast(input, kernel_dtype(input), True)
         finally:
             if functions:
                 self.weight_function = functions
 
+    def _cast(self, input, bias_dtype, quantized: bool):
+        return comfy.ops.CastBiasWeightContext(
+            self,
+            input=None,
+            dtype=self.weight.dtype,
+            device=input.device,
+            bias_dtype=bias_dtype,
+            offloadable=True,
+            compute_dtype=input.dtype,
+            want_requant=quantized,
+        )
+
     def _dense_forward(self, input):
-        with comfy.ops.CastBiasWeightContext(
-            self, input=None, dtype=self.weight.dtype, device=input.device, bias_dtype=input.dtype,
-            offloadable=True, compute_dtype=input.dtype, want_requant=False,
-        ) as (weight, bias):  # fmt: skip
+        with self._cast(input, input.dtype, False) as (weight, bias):
             return self._dense_linear(input, weight, bias)
 
     def _dense_linear(self, input, weight, bias):
@@ -215,19 +221,19 @@ class FourBitLinear:
         bias = self.convert_bias(_as(bias, input))
         return torch.nn.functional.linear(input, weight.to(input.dtype), _as(bias, input))
 
-    def _shift(self):
+    def shift(self):
         return shift_of(self.weight) if kernels.is_quantized(self.weight) else self.dense_shift
 
     def convert_bias(self, bias, inplace=False, **kwargs):
         """The layer's true bias, from the stored one: what merges and patches work on."""
-        shift = self._shift()
+        shift = self.shift()
         if bias is None or shift is None:
             return shift if bias is None else bias
         return bias + shift.to(bias)
 
     def set_bias(self, bias, inplace_update=False, seed=None, return_weight=False, **kwargs):
         """Stores a true bias. The inverse of `convert_bias`, rounded to the stored dtype."""
-        shift = self._shift()
+        shift = self.shift()
         bias = (bias if shift is None else bias - shift.to(bias)).to(self.bias.dtype)
         if return_weight:
             return bias

@@ -219,7 +219,7 @@ class _FourBit:
         for module in filter(_is_layer, self.model.modules()):
             functions = getattr(module, "bias_function", [])
             dynamic = getattr(module, "bias_lowvram_function", None)
-            if LowVramPatch not in map(type, [*functions, dynamic]) or module._shift() is None:
+            if LowVramPatch not in map(type, [*functions, dynamic]) or module.shift() is None:
                 continue
             module.bias_function = [BiasPatch(f, module) if type(f) is LowVramPatch else f for f in functions]
             if type(dynamic) is LowVramPatch:

@@ -17,10 +17,8 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import PatcherInjection, WrappersMP
 
-from ...slim import pool, relu
-from ...slim.choose import Choice, Key, Wish, choose
-from ...slim.op import Stage
-from ...slim.table import CONVOLUTIONS
+from ...slim.choose import Key, Slimming, Wish, choose
+from ...slim.operations import CONVOLUTIONS, POOL, RELU, Stage, pool_area, pooled, relu_attention
 from . import selfcheck
 from . import slim_blocks as places
 from .build import PREFIX
@@ -49,7 +47,7 @@ def price(model, wish: Wish, inputs: Inputs, node_id: str | None = None) -> Fact
     """What is to be changed, made and measured; ``model`` stays as it is. Raises as `slim`."""
     found = places.blocks(model)
     chosen = choose([b.place for b in found], wish)
-    changes = tuple(c for b in found for c in _changes(b, chosen.get(b.place.key, Choice())))
+    changes = tuple(c for b in found for c in _changes(b, chosen.get(b.place.key, Slimming())))
     groups = _groups(changes)
     layers = [name for c in changes if c.kind == CONVOLUTION for name in c.layers]
     progress = _Progress(node_id, len(layers) + len(groups) * inputs.levels * len(inputs.prompts))
@@ -58,7 +56,7 @@ def price(model, wish: Wish, inputs: Inputs, node_id: str | None = None) -> Fact
     return Facts(model, plan, inputs, prices)
 
 
-def _changes(block: places.Block, choice: Choice) -> list[Change]:
+def _changes(block: places.Block, choice: Slimming) -> list[Change]:
     out = []
     if choice.attention:
         out.append(Change(block.place.key, ATTENTION, choice.attention, block.attentions))
@@ -176,11 +174,11 @@ def _guard(executor, *args, **kwargs):
 
 def _patch_attention(m, plan: Plan, on: Callable[[Change], bool]) -> None:
     """The patches of pool and relu on ``m``, each asking ``on`` whether it acts."""
-    pooled = {c.key: c for c in plan.changes if c.op == pool.OP.id}
-    if pooled:
-        m.set_model_attn1_patch(_Pool(pooled, pool.kernel(plan.strength), on))
+    fewer = {c.key: c for c in plan.changes if c.op == POOL.id}
+    if fewer:
+        m.set_model_attn1_patch(_Pool(fewer, pool_area(plan.strength), on))
     there = m.model_options.get("transformer_options", {}).get("patches_replace", {}).get("attn1", {})
-    for change in (c for c in plan.changes if c.op == relu.OP.id):
+    for change in (c for c in plan.changes if c.op == RELU.id):
         for i in range(len(change.layers)):
             before = there.get((*change.key, i), there.get(change.key))
             m.set_model_attn1_replace(_Relu(change, before, on), *change.key, i)
@@ -198,8 +196,8 @@ class _Pool:
         # Tokens that an earlier patch merged or added are no map of this size: they stay.
         if change is None or not self.on(change) or len(size) != 2 or context.shape[1] != size[0] * size[1]:
             return n, context, value
-        fewer = pool.pooled(context, size, self.area)
-        return n, fewer, fewer if value is context else pool.pooled(value, size, self.area)
+        fewer = pooled(context, size, self.area)
+        return n, fewer, fewer if value is context else pooled(value, size, self.area)
 
 
 class _Relu:
@@ -213,7 +211,7 @@ class _Relu:
         before = None if self.before is None else self.before(q, k, v, extra_options)
         if not self.on(self.change):
             return optimized_attention(q, k, v, heads) if before is None else before
-        out = relu.attention(q, k, v, heads)
+        out = relu_attention(q, k, v, heads)
         return out if before is None else out + before - optimized_attention(q, k, v, heads)
 
 

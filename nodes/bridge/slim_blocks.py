@@ -14,8 +14,8 @@ import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock, SpatialVideoTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 
-from ...slim.choose import Key, Place
-from ...slim.op import Conv
+from ...slim.choose import Key, UNetBlock
+from ...slim.operations import Conv
 from .build import PREFIX
 
 FEWEST = 32  # channels: the first and the last convolution are too thin to factor
@@ -82,7 +82,7 @@ class NoAttention(StandIn):
 class Block:
     """``convolutions`` and ``attentions``: names of modules below the diffusion model."""
 
-    place: Place
+    place: UNetBlock
     convolutions: tuple[str, ...]
     attentions: tuple[str, ...]
 
@@ -127,7 +127,7 @@ def _block(model, key: Key, level: int, path: str, module: torch.nn.Module) -> B
             convolutions.append(name)
         elif isinstance(m, BasicTransformerBlock) and not m.disable_self_attn:
             attentions += [f"{name}.attn1"] if f"{PREFIX}{name}.attn1" not in model.object_patches else []
-    place = Place(key, level, bool(attentions), bool(convolutions))
+    place = UNetBlock(key, level, bool(attentions), bool(convolutions))
     return Block(place, tuple(convolutions), tuple(attentions))
 
 

@@ -9,8 +9,7 @@ import torch
 
 from ...profiling import tables
 from ...profiling.work import FUSED
-from ...slim.op import Attention, flops
-from ...slim.table import ATTENTIONS, CONVOLUTIONS
+from ...slim.operations import ATTENTIONS, CONVOLUTIONS, Attention, flops
 from . import simulate
 from . import slim_blocks as places
 from .slim_price import Change, Inputs, Plan, Price

@@ -92,10 +92,9 @@ def fit(
     at = dict.fromkeys(hulls, 0)
     spent = sum(h[0].nbytes for h in hulls.values())
     if spent > budget:
-        raise ValueError(
-            f"the budget of {budget / 2**20:.1f} MiB is less than the {spent / 2**20:.1f} MiB of the smallest choice "
-            "for every layer; raise it, or set it to 0 and lower the rank"
-        )
+        least = f"{spent / 2**20:.1f} MiB of the smallest choice for every layer"
+        what = f"the budget of {budget / 2**20:.1f} MiB is less than the {least}"
+        raise ValueError(f"{what}; raise it, or set it to 0 and lower the rank")
     heap: list[tuple[float, str]] = []
 
     def offer(name: str) -> None:

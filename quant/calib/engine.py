@@ -20,9 +20,8 @@ from ..modules import moved
 from ..policy import LayerPlan
 from ..schemes import KEEP
 from . import allocate
-from .observe import DEFAULT_BUDGET, Observer, runs_needed
+from .observe import DEFAULT_BUDGET, Observer, Reservoir, limit_for, runs_needed
 from .presets import Preset
-from .reservoir import Reservoir, limit_for
 from .solve import Sample, Solved, solve_best
 
 METHOD = 2  # goes up when the same inputs give other layers, so that those kept by an unfinished run are not taken
@@ -102,10 +101,10 @@ class Collection:
         self, module: nn.Module, job: Job, names: list[str], check: Callable[[], None], store: Store | None = None
     ):
         self.module, self.job, self.names, self.store, self.run = module, job, names, store, 0
-        self.homes: dict[str, list[str]] = {}
+        self.by_place: dict[str, list[str]] = {}
         for name in names if job.preset.needs_data else ():
-            self.homes.setdefault(job.place(name), []).append(name)
-        widths = {n: module.get_submodule(n).in_features for n in self.homes}
+            self.by_place.setdefault(job.place(name), []).append(name)
+        widths = {n: module.get_submodule(n).in_features for n in self.by_place}
         self.observer = Observer(widths, job.preset.tokens, job.seed, job.budget, check)
         self._kept: dict[str, Reservoir] | None = None
 
@@ -116,7 +115,7 @@ class Collection:
             for lead, reservoir in reservoirs.items():
                 tokens = reservoir.tokens().to(self.job.device).float()
                 sample = Sample(tokens, reservoir.maxima.to(self.job.device), reservoir.lowest)
-                for name in (n for home in self.observer.members(lead) for n in self.homes[home]):
+                for name in (n for place in self.observer.members(lead) for n in self.by_place[place]):
                     reached.add(name)
                     yield name, sample
         for name in self.names:
@@ -124,7 +123,7 @@ class Collection:
                 yield name, None
 
     def _runs(self) -> Iterator[dict[str, Reservoir]]:
-        if not self.homes:
+        if not self.by_place:
             return
         self.observer.forget()
         self.run = 0

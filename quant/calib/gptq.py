@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..packing import GROUP
+from .low_rank import shrunk
+
 BLOCK = 128
-GROUP = 64
 TRIES = 12
 
 
@@ -20,8 +22,7 @@ def inverse_factor(gram: Tensor, shrink: float, damp: float) -> tuple[Tensor, Te
 
     Columns are taken by falling diagonal. ``gram`` (K, K) float32 of the rounded, smoothed activations.
     """
-    h = gram * (1 - shrink)
-    h.diagonal().add_(gram.diagonal(), alpha=shrink)
+    h = shrunk(gram, shrink)
     dead = h.diagonal() <= 0
     h = h / h.diagonal().mean().clamp(min=1e-30)
     h.diagonal()[dead] = 1.0

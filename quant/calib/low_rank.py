@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .smooth import GROUP
-
-OVERSAMPLE, ITERATIONS = 16, 2
+from ..datafree import ITERATIONS, OVERSAMPLE, svd
+from ..packing import GROUP
+from .smooth import PEAK, WEIGHT_STEPS
 
 
 def shrunk(gram: Tensor, share: float) -> Tensor:
@@ -24,20 +24,15 @@ def shrunk(gram: Tensor, share: float) -> Tensor:
 
 def truncated(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """(up (N, r), down (K, r)): the best rank-r part of ``weight`` (N, K), singular values on ``up``."""
-    r = min(rank, *weight.shape)
-    if r == 0:
-        return weight.new_zeros(weight.shape[0], 0), weight.new_zeros(weight.shape[1], 0)
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
-        torch.manual_seed(seed)
-        u, s, v = torch.svd_lowrank(weight, q=min(r + OVERSAMPLE, *weight.shape), niter=2)
-    return u[:, :r] * s[:r], v[:, :r]
+    u, s, v = svd(weight, rank, seed)
+    return u * s, v
 
 
 def noise_weights(x: Tensor, s: Tensor, shift: float, qmax: int) -> Tensor:
     """q (K,): how much output noise a unit of smoothed weight brings, from both roundings; constant within a group."""
     xs = ((x + shift) / s).reshape(x.shape[0], -1, GROUP)
     v = (xs.abs().amax(-1) / qmax).square().mean(0) / 12
-    u = (x / s).square().reshape(x.shape[0], -1, GROUP).mean((0, 2)) * 2.5**2 / (12 * 49)
+    u = (x / s).square().reshape(x.shape[0], -1, GROUP).mean((0, 2)) * PEAK**2 / (12 * WEIGHT_STEPS**2)
     return (u + v).sqrt().clamp(min=1e-12).repeat_interleave(GROUP)
 
 

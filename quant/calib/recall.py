@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .observe import Observer
-from .reservoir import Reservoir
+from .observe import Observer, Reservoir
 
 
 def packed(reservoir: Reservoir) -> tuple[dict[str, Tensor], dict]:

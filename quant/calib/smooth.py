@@ -13,8 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GROUP = 64
-WEIGHT_MAX = 7.5  # half the 15 steps of the signed -8..7 search
+from ..packing import GROUP
+
+# Noise of a weight group is (its largest / steps)^2 / 12. J knows the largest and the search: half of 15 steps, -8..7.
+# `low_rank.noise_weights` comes before it: absmax / 7, and the largest of 64 normal weights, in standard deviations.
+WEIGHT_MAX, WEIGHT_STEPS, PEAK = 7.5, 7, 2.5
 POWERS = (0.25, 0.5, 0.75)  # amax^a
 BALANCED = (0.2, 0.35, 0.5, 0.65, 0.8)  # amax^a / wmax^(1-a)
 LOW, HIGH = 1e-4, 1e4

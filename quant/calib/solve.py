@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import awq, core_formats, datafree, scales, svdquant
 from ..checks import relative_error
-from ..packing import pack
+from ..packing import GROUP, pack
 from ..policy import LayerPlan
 from ..schemes import AWQ, SVDQUANT
 from ..svdquant import SHIFT, SVDQuantWeight
@@ -93,7 +93,7 @@ def candidates(plan: LayerPlan, sample: Sample | None, preset: Preset) -> tuple[
 
 def _step_ratio(x: Tensor) -> float:
     """Mean squared step of unsigned codes over that of signed ones, for tokens ``x`` (T, K)."""
-    groups = x.unflatten(-1, (-1, scales.GROUP))
+    groups = x.unflatten(-1, (-1, GROUP))
     unsigned = (groups.amax(-1) + SHIFT).square().mean() / 15**2
     return float(unsigned / (groups.abs().amax(-1).square().mean() / 7**2).clamp(min=1e-30))
 
@@ -175,11 +175,11 @@ def _calibrate(w: Tensor, sample: Sample, plan: LayerPlan, preset: Preset, dtype
     if plan.scheme == AWQ.id:
         return awq.quantize(w, dtype, sample.tokens.square().mean(0))
     qmax, shift = (15, SHIFT) if plan.act_unsigned else (7, 0.0)
-    layer = Layer(w, sample, shift, qmax, plan.rank if preset.low_rank else 0, preset, dtype, seed)
-    s = _smooth(layer)
-    up, down, s = _first_branch(layer, s)
+    problem = Problem(w, sample, shift, qmax, plan.rank if preset.low_rank else 0, preset, dtype, seed)
+    s = _smooth(problem)
+    up, down, s = _first_branch(problem, s)
     s = s.to(dtype).float()  # from here on the rounded factor, as the kernel will divide by it
-    q, wscales, up, down = _codes_and_refits(layer, s, up, down)
+    q, wscales, up, down = _codes_and_refits(problem, s, up, down)
     up, down = low_rank.balanced(up, down)
     return SVDQuantWeight(
         pack(q), wscales, s.to(dtype), down.to(dtype).contiguous(), up.to(dtype).contiguous(), plan.act_unsigned
@@ -187,7 +187,7 @@ def _calibrate(w: Tensor, sample: Sample, plan: LayerPlan, preset: Preset, dtype
 
 
 @dataclass(frozen=True)
-class Layer:
+class Problem:
     """What every step below needs: w (N, K), its input, the activation grid, rank, recipe, storage dtype, seed."""
 
     w: Tensor
@@ -205,70 +205,62 @@ class Layer:
 
     def rounded(self, s: Tensor) -> Tensor:
         """What the 4-bit product sees of x: (M, K), smoothed, shifted, rounded and back."""
-        groups = ((self.x + self.shift) / s).unflatten(-1, (-1, scales.GROUP))
-        low = 0 if self.qmax == 15 else -self.qmax
-        step = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / self.qmax
-        return ((groups / step).round_().clamp_(low, self.qmax) * step).flatten(-2)
+        return scales.rounded((self.x + self.shift) / s, self.qmax)
 
 
-def _subset(layer: Layer) -> tuple[Tensor, Tensor]:
+def _subset(problem: Problem) -> tuple[Tensor, Tensor]:
     """Few tokens and few rows are enough for the surrogate."""
-    g = torch.Generator().manual_seed(layer.seed)
-    rows = torch.randperm(layer.w.shape[0], generator=g)[: smooth.ROWS].to(layer.w.device)
-    return layer.x[: smooth.TOKENS], layer.w[rows]
+    g = torch.Generator().manual_seed(problem.seed)
+    rows = torch.randperm(problem.w.shape[0], generator=g)[: smooth.ROWS].to(problem.w.device)
+    return problem.x[: smooth.TOKENS], problem.w[rows]
 
 
-def _smooth(layer: Layer) -> Tensor:
-    p, sample = layer.preset, layer.sample
+def _smooth(problem: Problem) -> Tensor:
+    p, sample = problem.preset, problem.sample
     if callable(p.smoothing):
-        return p.smoothing(layer.w, layer.x, sample.maxima, layer.rank, layer.shift, layer.qmax, layer.seed)
+        return p.smoothing(problem.w, problem.x, sample.maxima, problem.rank, problem.shift, problem.qmax, problem.seed)
     if p.smoothing != SURROGATE:
         return torch.ones_like(sample.maxima)
-    x, w = _subset(layer)
-    s = smooth.search(layer.x[: 2 * smooth.TOKENS], layer.w, sample.maxima, layer.shift, layer.qmax)
-    return smooth.learn(s, x, w, layer.shift, layer.qmax, p.learn) if p.learn else s
+    x, w = _subset(problem)
+    s = smooth.search(problem.x[: 2 * smooth.TOKENS], problem.w, sample.maxima, problem.shift, problem.qmax)
+    return smooth.learn(s, x, w, problem.shift, problem.qmax, p.learn) if p.learn else s
 
 
-def _first_branch(layer: Layer, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _first_branch(problem: Problem, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(up, down, s): the branch before any rounding, in the raw-x domain; s once more for what the branch leaves."""
-    w, p = layer.w, layer.preset
+    w, p = problem.w, problem.preset
     if not p.weighted_svd:
-        up, down = low_rank.truncated(w * s, layer.rank, layer.seed)
+        up, down = low_rank.truncated(w * s, problem.rank, problem.seed)
         return up, down / s.unsqueeze(1), s
-    q = low_rank.noise_weights(layer.x, s, layer.shift, layer.qmax)
-    up, down = low_rank.weighted(w, s, q, layer.rank, layer.seed)
+    q = low_rank.noise_weights(problem.x, s, problem.shift, problem.qmax)
+    up, down = low_rank.weighted(w, s, q, problem.rank, problem.seed)
     if p.learn:
-        x, _ = _subset(layer)
-        g = torch.Generator().manual_seed(layer.seed)
+        x, _ = _subset(problem)
+        g = torch.Generator().manual_seed(problem.seed)
         rows = torch.randperm(w.shape[0], generator=g)[: smooth.ROWS].to(w.device)
-        s = smooth.learn(s, x, w[rows] - up[rows] @ down.t(), layer.shift, layer.qmax, max(1, p.learn // 2))
-        q = low_rank.noise_weights(layer.x, s, layer.shift, layer.qmax)
-        up, down = low_rank.weighted(w, s, q, layer.rank, layer.seed)
+        s = smooth.learn(s, x, w[rows] - up[rows] @ down.t(), problem.shift, problem.qmax, max(1, p.learn // 2))
+        q = low_rank.noise_weights(problem.x, s, problem.shift, problem.qmax)
+        up, down = low_rank.weighted(w, s, q, problem.rank, problem.seed)
     return up, down, s
 
 
-def _codes_and_refits(layer: Layer, s: Tensor, up: Tensor, down: Tensor):
+def _codes_and_refits(problem: Problem, s: Tensor, up: Tensor, down: Tensor):
     """(codes (N, K), wscales (K/64, N), up, down) for the rounded smoothing factor ``s``."""
-    p, w = layer.preset, layer.w
-    seen = layer.rounded(s)
+    p, w = problem.preset, problem.w
+    seen = problem.rounded(s)
     importance = seen.square().mean(0)
     table = scales.CANDIDATES if p.searched else scales.NEAREST
     low, high = (-8, 7) if p.searched else (-7, 7)
     factor = gptq.inverse_factor(seen.t() @ seen, p.shrink, p.damp) if p.gptq else None
     if p.iterate:
-        up, down = p.iterate(w, s, (up, down), layer.x, layer.seed)
-    gram = low_rank.shrunk(layer.sample.gram, p.shrink) if p.refits and layer.rank else None
+        up, down = p.iterate(w, s, (up, down), problem.x, problem.seed)
+    gram = low_rank.shrunk(problem.sample.gram, p.shrink) if p.refits and problem.rank else None
     for i in range(max(1, p.refits)):
         target = (w - up @ down.t()) * s
-        q, wscales = scales.search(target, importance if p.searched else None, layer.dtype, table)
+        q, wscales = scales.search(target, importance if p.searched else None, problem.dtype, table)
         if factor is not None:
             q = gptq.codes(target, wscales, factor, low, high)
         if gram is not None:
-            missed = w - _dense(q, wscales) / s
-            up, down = low_rank.refit(missed, gram, layer.rank, layer.seed + i)
+            missed = w - scales.applied(q, wscales) / s
+            up, down = low_rank.refit(missed, gram, problem.rank, problem.seed + i)
     return q, wscales, up, down
-
-
-def _dense(q: Tensor, wscales: Tensor) -> Tensor:
-    n, k = q.shape
-    return (q.float().reshape(n, -1, scales.GROUP) * wscales.float().t().unsqueeze(-1)).reshape(n, k)

@@ -8,10 +8,10 @@ import torch
 from comfy_kitchen.tensor.w4a8_int8 import quantize_w4a8_int8_weight
 from comfyui_nibble.checkpoints import forms, header
 from comfyui_nibble.checkpoints.errors import CheckpointError
-from comfyui_nibble.checkpoints.formats import comfy_more, comfy_quant, core_quant, nunchaku
+from comfyui_nibble.checkpoints.formats import comfy_quant, core_quant, nunchaku
+from comfyui_nibble.checkpoints.formats.nunchaku import logical_shapes
 from comfyui_nibble.checkpoints.inspect import inspect
 from comfyui_nibble.checkpoints.load import load
-from comfyui_nibble.checkpoints.native import logical_shapes
 from comfyui_nibble.checkpoints.repack import repack
 from comfyui_nibble.quant import awq, core_formats, datafree, machine
 from comfyui_nibble.quant.parts import Parts
@@ -248,5 +248,5 @@ def test_every_packing_format_is_told_by_something():
 
     as_stored = {"float8_e4m3fn", "float8_e5m2", "mxfp8", "int8_tensorwise"}
     around_another = {"nibble_low_rank"}
-    known = {*logical.PAIRS, *logical.GROUPS, comfy_more.WEIGHT_ONLY, comfy_more.PARTS, *as_stored, *around_another}
+    known = {*logical.PAIRS, *logical.GROUPS, comfy_quant.WEIGHT_ONLY, comfy_quant.PARTS, *as_stored, *around_another}
     assert known >= {*comfy_quant.OURS, *comfy_quant.CORE}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from comfyui_nibble.checkpoints import quantized
+from comfyui_nibble.checkpoints import marks
 from comfyui_nibble.checkpoints.convert import Options, quantize
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats import comfy_quant, core_quant, nunchaku
@@ -78,7 +78,7 @@ BARE = {
     "fp8 as numbers of another kind": (fp8(torch.float8_e4m3fnuz), "F8_E4M3FNUZ"),
     "e8m0": ({"weight": torch.zeros(64, 64, dtype=torch.uint8).view(torch.float8_e8m0fnu)}, "F8_E8M0"),
     "f4": ({"weight": torch.zeros(64, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, "F4"),
-    **{f"float with {n}": ({"weight": WEIGHT, n: torch.ones(128, 2)}, n) for n in quantized.SIDES},
+    **{f"float with {n}": ({"weight": WEIGHT, n: torch.ones(128, 2)}, n) for n in marks.SIDES},
 }
 
 

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from comfyui_nibble import families
-from comfyui_nibble.checkpoints import convert, folder, header, lazy, pages, repack, save
+from comfyui_nibble.checkpoints import convert, folder, header, lazy, repack, save
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats import comfy_quant, core_quant, nunchaku
 from comfyui_nibble.checkpoints.formats.stored import StoredLayer
@@ -333,7 +333,7 @@ def some(form: str, count: int, weight, path):
 @pytest.fixture
 def counted(monkeypatch):
     """Big tensors come from torch's allocator, where they are seen."""
-    monkeypatch.setattr(pages, "SMALL", 2**62)
+    monkeypatch.setattr(lazy, "SMALL", 2**62)
 
 
 FORMS = ("svdquant_w4a4", "awq_w4a16", "nunchaku svdquant_w4a4", "nunchaku awq_w4a16", "gguf", "nf4")

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "adapters"))
+sys.path.insert(0, str(ROOT / "tests" / "image_prompt"))
 import adapter_shapes  # noqa: E402
 import image_prompt_files as tiny_files  # noqa: E402
 

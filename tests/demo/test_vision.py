@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from comfyui_nibble import adapters, demo
+from comfyui_nibble import demo
 from comfyui_nibble.demo import dataset, evaluate, image_prompt, parts, tower
 from comfyui_nibble.headless import pipeline
+from comfyui_nibble.image_prompt import attach
+from comfyui_nibble.image_prompt import read as read_adapter
 from comfyui_nibble.metrics.features import paired_cosine
 from PIL import Image
 from safetensors.torch import load_file
@@ -51,7 +53,7 @@ def test_the_files_are_small_and_of_the_published_layouts():
     assert {k: config[k] for k in parts.VISION} == parts.VISION
     assert load_file(WEIGHTS)[demo.TEXT_PROJECTION].shape == (parts.TEXT["hidden_size"],) * 2
     assert sum(p.stat().st_size for p in demo.IP_ADAPTERS.values()) <= 1.5e6
-    read = {which: adapters.read(load_file(path)) for which, path in demo.IP_ADAPTERS.items()}
+    read = {which: read_adapter(load_file(path)) for which, path in demo.IP_ADAPTERS.items()}
     assert {which: a.layers[0].to_k_ip.adds_to_base for which, a in read.items()} == {"plain": False, "lora": True}
     assert all(a.image_proj.tokens == image_prompt.TOKENS for a in read.values())
 
@@ -78,8 +80,8 @@ def drawn(pipe, vision, flat):
     captions, shown = flat[0][:NEW], flat[2][:NEW]
     pictures = {(None, True): evaluate.draw(pipe, captions, evaluate.STEPS, evaluate.GUIDANCE)}
     for which, path in demo.IP_ADAPTERS.items():
-        adapter = adapters.read({k: v.float() for k, v in load_file(path).items()})
-        adapters.attach(pipe.unet, adapter)
+        adapter = read_adapter({k: v.float() for k, v in load_file(path).items()})
+        attach(pipe.unet, adapter)
         pictures[which, True] = image_prompt.draw(pipe, adapter, captions, shown, 0.5)
         pictures[which, False] = image_prompt.draw(pipe, adapter, [""] * NEW, shown, 1.0)
     return {k: tower.embeddings(vision, torch.from_numpy(p).permute(0, 3, 1, 2).float()) for k, p in pictures.items()}

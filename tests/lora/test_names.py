@@ -111,8 +111,8 @@ def test_native_model_takes_split_names():
 
 def test_fused_names_on_split_layers():
     names = index({f"b.attn1.to_{x}": (32, 64) for x in "qkv"})
-    assert names["b_attn1_to_qkv"] == tuple(Slot(f"b.attn1.to_{x}", own=(32 * i, 32)) for i, x in enumerate("qkv"))
-    assert names["b_attn1_to_kv"] == (Slot("b.attn1.to_k", own=(0, 32)), Slot("b.attn1.to_v", own=(32, 32)))
+    assert names["b_attn1_to_qkv"] == tuple(Slot(f"b.attn1.to_{x}", source=(32 * i, 32)) for i, x in enumerate("qkv"))
+    assert names["b_attn1_to_kv"] == (Slot("b.attn1.to_k", source=(0, 32)), Slot("b.attn1.to_v", source=(32, 32)))
 
 
 @pytest.mark.parametrize(

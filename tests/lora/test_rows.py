@@ -45,7 +45,7 @@ def test_what_is_not_cut_is_the_same_tensors():
 def test_halves_of_an_odd_number_of_rows():
     """As torch's chunk has them: the first half is the longer one."""
     assert Region((5, 4), swap=True).spans() == [(3, 2), (0, 3)]
-    assert Region((5, 4), own=(10, 5), swap=True).spans() == [(13, 2), (10, 3)]
+    assert Region((5, 4), source=(10, 5), swap=True).spans() == [(13, 2), (10, 3)]
 
 
 def test_layers_of_other_heights_together():

@@ -126,5 +126,5 @@ def test_rows_of_fused_and_split_layers():
 
     rows = torch.arange(6.0).reshape(6, 1)
     assert placed(rows, Slot("a", into=(2, 6)), 9).flatten().tolist() == [0, 0, 0, 1, 2, 3, 4, 5, 0]
-    assert placed(rows, Slot("a", own=(2, 2)), 2).flatten().tolist() == [2, 3]
+    assert placed(rows, Slot("a", source=(2, 2)), 2).flatten().tolist() == [2, 3]
     assert placed(rows, Slot("a", swap=True), 6).flatten().tolist() == [3, 4, 5, 0, 1, 2]

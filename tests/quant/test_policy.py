@@ -6,8 +6,8 @@ from comfyui_nibble.families import spec
 from comfyui_nibble.families.spec import Rule
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
+from comfyui_nibble.quant.parts import take_rows
 from comfyui_nibble.quant.policy import plan
-from comfyui_nibble.quant.rows import rows
 from comfyui_nibble.quant.schemes import KEEP, SCHEMES
 
 RULES = (
@@ -72,7 +72,7 @@ def test_rows_of_a_fused_weight(scheme, weight):
     q = quantize_weight(weight(192, 64), None, LayerPlan(scheme, "", 16), torch.float32).weight
     x = torch.randn(4, 64)
     whole = torch.nn.functional.linear(x, kernels.wrap(q))
-    parts = [torch.nn.functional.linear(x, kernels.wrap(rows(q, i, i + 64))) for i in (0, 64, 128)]
+    parts = [torch.nn.functional.linear(x, kernels.wrap(take_rows(q, i, i + 64))) for i in (0, 64, 128)]
     assert torch.allclose(whole, torch.cat(parts, -1), atol=1e-6)
     with pytest.raises(ValueError, match="rows 0 to 193"):
-        rows(q, 0, 193)
+        take_rows(q, 0, 193)

@@ -1,19 +1,19 @@
 """Who gets which operation."""
 
 import pytest
-from comfyui_nibble.slim.choose import Choice, Place, Wish, choose
+from comfyui_nibble.slim.choose import Slimming, UNetBlock, Wish, choose
 
 # As SD 1.5 is built, shortened: three levels, attention at the upper two and in the middle.
 PLACES = [
-    Place(("input", 0), 0, False, False),
-    Place(("input", 1), 0, True, True),
-    Place(("input", 2), 1, False, True),
-    Place(("input", 3), 1, True, True),
-    Place(("input", 4), 2, False, True),
-    Place(("middle", 0), 2, True, True),
-    Place(("output", 0), 2, False, True),
-    Place(("output", 1), 1, True, True),
-    Place(("output", 2), 0, True, True),
+    UNetBlock(("input", 0), 0, False, False),
+    UNetBlock(("input", 1), 0, True, True),
+    UNetBlock(("input", 2), 1, False, True),
+    UNetBlock(("input", 3), 1, True, True),
+    UNetBlock(("input", 4), 2, False, True),
+    UNetBlock(("middle", 0), 2, True, True),
+    UNetBlock(("output", 0), 2, False, True),
+    UNetBlock(("output", 1), 1, True, True),
+    UNetBlock(("output", 2), 0, True, True),
 ]
 
 
@@ -31,8 +31,8 @@ def test_attention_from_the_top_and_convolutions_from_the_bottom():
 
 
 def test_levels_without_attention_do_not_count():
-    places = [Place(("input", 1), 0, False, True), Place(("input", 2), 1, True, True)]
-    assert choose(places, Wish(0.5, attention="skip")) == {("input", 2): Choice("skip", "")}
+    places = [UNetBlock(("input", 1), 0, False, True), UNetBlock(("input", 2), 1, True, True)]
+    assert choose(places, Wish(0.5, attention="skip")) == {("input", 2): Slimming("skip", "")}
 
 
 def test_single_blocks_are_as_a_person_says():

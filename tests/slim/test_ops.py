@@ -2,9 +2,17 @@
 
 import pytest
 import torch
-from comfyui_nibble.slim import pool, relu
-from comfyui_nibble.slim.op import Attention, Conv, flops, run
-from comfyui_nibble.slim.table import ATTENTIONS, CONVOLUTIONS
+from comfyui_nibble.slim.operations import (
+    ATTENTIONS,
+    CONVOLUTIONS,
+    Attention,
+    Conv,
+    flops,
+    pool_area,
+    pooled,
+    relu_attention,
+    run,
+)
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,7 +89,7 @@ def test_the_counter_finds_what_is_predicted(op, strength, shape):
 
 def attention(x, to, area=None, size=None):
     """Self-attention of 4 heads written out; ``area``: keys and values pooled."""
-    source = x if area is None else pool.pooled(x, size, area)
+    source = x if area is None else pooled(x, size, area)
     q, k, v = x @ to[0], source @ to[1], source @ to[2]
     q, k, v = (t.unflatten(2, (4, -1)).transpose(1, 2) for t in (q, k, v))
     out = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, -1) @ v
@@ -95,7 +103,7 @@ def test_pooled_attention_saves_what_is_predicted(strength):
     with FlopCounterMode(display=False) as before:
         attention(x, to)
     with FlopCounterMode(display=False) as after:
-        attention(x, to, pool.kernel(strength), size)
+        attention(x, to, pool_area(strength), size)
     one = Attention(width, size)
     assert before.get_total_flops() == one.flops == ATTENTIONS["skip"].saved(one, strength)
     assert before.get_total_flops() - after.get_total_flops() == ATTENTIONS["pool"].saved(one, strength)
@@ -104,9 +112,9 @@ def test_pooled_attention_saves_what_is_predicted(strength):
 def test_pooling_averages_what_is_there():
     """A 3 x 3 map by 2 x 2, worked by hand: at the edges fewer values are averaged."""
     tokens = torch.arange(9.0).reshape(1, 9, 1)
-    assert pool.pooled(tokens, (3, 3), (2, 2)).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
-    assert torch.equal(pool.pooled(tokens, (3, 3), (1, 1)), tokens)
-    assert [pool.kernel(s) for s in (0.1, 0.5, 0.51, 0.75, 0.76, 0.95)] == [
+    assert pooled(tokens, (3, 3), (2, 2)).flatten().tolist() == [2.0, 3.5, 6.5, 8.0]
+    assert torch.equal(pooled(tokens, (3, 3), (1, 1)), tokens)
+    assert [pool_area(s) for s in (0.1, 0.5, 0.51, 0.75, 0.76, 0.95)] == [
         (1, 2), (1, 2), (2, 2), (2, 2), (4, 4), (4, 4),
     ]  # fmt: skip
 
@@ -119,10 +127,10 @@ def test_relu_attention_is_its_formula(tokens, keys):
     k, v = torch.randn(2, 2, keys, 12, generator=g)
     heads = [slice(i, i + 4) for i in (0, 4, 8)]
     expected = [torch.relu(q[..., c] @ k[..., c].mT / 4**0.5) @ v[..., c] / keys for c in heads]
-    assert (relu.attention(q, k, v, 3) - torch.cat(expected, 2)).abs().max() <= 1e-5
+    assert (relu_attention(q, k, v, 3) - torch.cat(expected, 2)).abs().max() <= 1e-5
 
 
 def test_relu_attention_stays_finite_in_half_precision():
     q = torch.full((1, 4, 8), 20.0, dtype=torch.float16)
     k = torch.full((1, 4096, 8), 20.0, dtype=torch.float16)
-    assert relu.attention(q, k, k, 1).isfinite().all()
+    assert relu_attention(q, k, k, 1).isfinite().all()

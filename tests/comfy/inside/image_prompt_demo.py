@@ -12,7 +12,7 @@ torch.set_grad_enabled(False)
 import comfy.model_management as mm  # noqa: E402
 import numpy as np  # noqa: E402
 from nibble_pack import demo as shipped  # noqa: E402
-from nibble_pack.adapters import load  # noqa: E402
+from nibble_pack.image_prompt import load  # noqa: E402
 from nibble_pack.nodes import image_prompt as topic  # noqa: E402
 from nibble_pack.nodes.bridge import demo, image_prompt  # noqa: E402
 from nibble_pack.quant import kernels  # noqa: E402

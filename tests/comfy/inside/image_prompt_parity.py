@@ -13,7 +13,7 @@ import comfy.model_management as mm  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
-from nibble_pack.adapters import read  # noqa: E402
+from nibble_pack.image_prompt import read  # noqa: E402
 from nibble_pack.nodes.bridge import image_prompt  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 

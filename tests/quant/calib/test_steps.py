@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_nibble.quant import scales
 from comfyui_nibble.quant.calib import gptq, low_rank, presets, smooth
-from comfyui_nibble.quant.calib.reservoir import Reservoir, limit_for
+from comfyui_nibble.quant.calib.observe import Reservoir, limit_for
 
 from .layers import published, synthetic
 
@@ -78,7 +78,7 @@ class TestSmooth:
             codes, steps = scales.search(w * s, dtype=torch.float32)
             dense = (codes.float().reshape(256, -1, 64) * steps.t().unsqueeze(-1)).reshape(256, 256)
             predicted.append(surrogate.value(s))
-            real.append(float((published.rounded(x / s, 0.0, 7) @ dense.t() - y).square().sum()))
+            real.append(float((scales.rounded(x / s, 7) @ dense.t() - y).square().sum()))
         ranks = [torch.tensor(v).argsort().argsort().float() for v in (predicted, real)]
         assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.85
 
@@ -155,7 +155,7 @@ def test_published_iterations_never_raise_the_error():
     branch = low_rank.truncated(w, 8, 0)
 
     def error(up, down):
-        return float((x @ (published.nearest(w - up @ down.t()) + up @ down.t()).t() - y).square().sum())
+        return float((x @ (scales.rounded(w - up @ down.t(), 7) + up @ down.t()).t() - y).square().sum())
 
     assert error(*published.iterate(w, s, branch, x, 0, rounds=20)) < error(*branch)
 

@@ -12,7 +12,7 @@ from comfyui_nibble.families.spec import Rule
 from comfyui_nibble.headless import calibrate as headless
 from comfyui_nibble.quant import awq, svdquant
 from comfyui_nibble.quant.calib import allocate, engine, presets, report
-from comfyui_nibble.quant.calib.reservoir import Reservoir
+from comfyui_nibble.quant.calib.observe import Reservoir
 from comfyui_nibble.quant.calib.solve import Sample, candidates, output_error, solve, solve_best
 from comfyui_nibble.quant.modules import quantize_weight
 from comfyui_nibble.quant.policy import LayerPlan, plan

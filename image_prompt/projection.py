@@ -3,14 +3,12 @@
 Key names are those of the published files, under ``image_proj.``; ``e`` is the width of the features, ``C`` the width
 of the model's text, ``T`` the number of tokens:
 
-| class | keys | reads | gives |
-|---|---|---|---|
-| Linear | ``proj`` (T C, e), ``norm`` (C) | image_embeds (B, e) | T tokens |
-| Mlp | ``proj.0``, ``proj.2``, ... (last: T C rows), ``norm`` (C); GELU between | image_embeds (B, e) | T tokens |
-| Patches | ``proj.0`` (e, e), ``proj.2`` (C, e), ``proj.3`` (norm) | penultimate hidden states (B, P, e) | P tokens |
-| Resampler | ``latents`` (1, T, d), ``proj_in``, ``layers.*``, ``proj_out``, ``norm_out`` | the same (B, P, e) | T
-tokens |
+    Linear     image_embeds (B, e)          -> T tokens   proj (T C, e), norm (C)
+    Mlp        image_embeds (B, e)          -> T tokens   proj.0, proj.2 ... (the last T C rows), norm (C); GELU between
+    Patches    hidden states (B, P, e)      -> P tokens   proj.0 (e, e), proj.2 (C, e), proj.3 (norm)
+    Resampler  hidden states (B, P, e)      -> T tokens   latents (1, T, d), proj_in, layers.*, proj_out, norm_out
 
+Hidden states are the penultimate ones.
 Source: Ye et al., IP-Adapter, arXiv 2308.06721, and the files of h94/IP-Adapter: Linear is ip-adapter_sd15, Patches is
 ip-adapter-full-face, Resampler is ip-adapter-plus. Mlp is a row of a published comparison of its projections.
 """

@@ -3,7 +3,7 @@ draws.
 """
 
 import torch
-from comfyui_nibble import adapters
+from comfyui_nibble import image_prompt
 from diffusers import UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -123,8 +123,8 @@ def drawn(model, x: dict, files: list[dict], given: list[torch.Tensor]) -> torch
 
 def drawn_by_ours(model, x: dict, file: dict, given: torch.Tensor) -> torch.Tensor:
     """The same for the LoRA variant, which diffusers does not know, with this pack's processor."""
-    adapter = adapters.read(file)
-    adapters.attach(model, adapter)
+    adapter = image_prompt.read(file)
+    image_prompt.attach(model, adapter)
     added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x}
     return model(x["x"], x["t"], x["text"], added_cond_kwargs=added,
                  cross_attention_kwargs={"ip_hidden_states": adapter(given[:, 0])}).sample  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from adapter_shapes import uni
-from comfyui_nibble import adapters
+from comfyui_nibble import image_prompt
 from transformers.activations import GELUActivation
 
 
@@ -26,7 +26,7 @@ def test_uni_controlnets_formula_written_out():
         a, gate = (x @ w[f"ff{n}.net.0.proj.weight"].T + w[f"ff{n}.net.0.proj.bias"]).chunk(2, -1)
         x = a * gate * 0.5 * (1 + torch.erf(gate / 2**0.5))
         x = x @ w[f"ff{n}.net.2.weight"].T + w[f"ff{n}.net.2.bias"]
-    got = adapters.read(tensors)(e)
+    got = image_prompt.read(tensors)(e)
     assert got.shape == (3, 4, 96)
     assert (got.double().flatten(1) - x).abs().max() <= 1e-6 * max(1, x.abs().max())
 
@@ -35,7 +35,7 @@ def test_an_mlp_is_linears_with_gelu_cut_into_normalised_tokens():
     keys = {"proj.0.weight": (24, 8), "proj.0.bias": (24,), "proj.2.weight": (20, 24), "proj.2.bias": (20,),
             "proj.4.weight": (64, 20), "proj.4.bias": (64,), "norm.weight": (16,), "norm.bias": (16,)}  # fmt: skip
     w = small.randomised(keys, 3)
-    built = adapters.projection.projection(keys)
+    built = image_prompt.projection.projection(keys)
     built.load_state_dict(w)
     x = e = torch.randn(2, 8)
     for n in (0, 2, 4):
@@ -62,8 +62,8 @@ def test_a_lora_is_the_full_weight_it_adds_up_to():
     torch.manual_seed(0)
     unet, x = small.unet("sd15"), small.inputs("sd15")
     file = small.adapter_file(unet, "lora", 7)
-    thin = adapters.read(file)
-    site = adapters.attention.sites(unet)[3]
+    thin = image_prompt.read(file)
+    site = image_prompt.attention.sites(unet)[3]
     attn, layer = unet.get_submodule(site.name), thin.layers[3]
     h, text, tokens = torch.randn(2, 10, site.hidden), x["text"][:2], torch.randn(2, 4, small.CONTEXT)
 
@@ -73,10 +73,10 @@ def test_a_lora_is_the_full_weight_it_adds_up_to():
 
     q, k, v = (F.linear(y, merged(n, b)) for y, n, b in (
         (h, "to_q_ip", attn.to_q), (tokens, "to_k_ip", attn.to_k), (tokens, "to_v_ip", attn.to_v)))  # fmt: skip
-    image = F.linear(adapters.projection.attend(q, k, v, attn.heads), merged("to_out_ip", attn.to_out[0]))
-    words = adapters.projection.attend(attn.to_q(h), attn.to_k(text), attn.to_v(text), attn.heads)
+    image = F.linear(image_prompt.projection.attend(q, k, v, attn.heads), merged("to_out_ip", attn.to_out[0]))
+    words = image_prompt.projection.attend(attn.to_q(h), attn.to_k(text), attn.to_v(text), attn.heads)
     expected = attn.to_out[0](words) + 0.5 * image
-    got = adapters.attention.Processor(layer)(attn, h, text, ip_hidden_states=tokens, ip_weight=0.5)
+    got = image_prompt.attention.Processor(layer)(attn, h, text, ip_hidden_states=tokens, ip_weight=0.5)
     assert (got - expected).abs().max() <= 1e-5
 
 
@@ -85,8 +85,8 @@ def test_a_new_adapter_can_be_trained_and_read_back(options):
     unet, x = small.unet("sd15"), small.inputs("sd15")
     plain = unet(x["x"], x["t"], x["text"]).sample
     torch.manual_seed(0)
-    adapter = adapters.new(unet, small.EMBED, **options)
-    adapters.attach(unet, adapter)
+    adapter = image_prompt.new(unet, small.EMBED, **options)
+    image_prompt.attach(unet, adapter)
     assert torch.allclose(unet(x["x"], x["t"], x["text"]).sample, plain, atol=1e-5)  # without tokens: the same
     assert all(not p.requires_grad for p in unet.parameters())
     with torch.enable_grad():
@@ -96,19 +96,19 @@ def test_a_new_adapter_can_be_trained_and_read_back(options):
     # a LoRA's `down` starts to move once its `up` is no longer zero
     still = {n for n, p in adapter.named_parameters() if p.grad is None or not p.grad.abs().max()}
     assert all(n.endswith(".down.weight") for n in still) and bool(still) == ("rank" in options)
-    again = adapters.read(adapter.state_dict())
+    again = image_prompt.read(adapter.state_dict())
     assert torch.equal(again(torch.ones(1, small.EMBED)), adapter(torch.ones(1, small.EMBED)))
 
 
 def test_a_model_of_another_kind_is_refused_with_what_goes_with_what():
-    adapter = adapters.read(small.adapter_file(small.unet("sd15"), "plain", 1))
+    adapter = image_prompt.read(small.adapter_file(small.unet("sd15"), "plain", 1))
     sentence = (
         r"this IP-Adapter is for a model of its own \(16 cross-attentions, text width 64\), "
         r"and X has 70 cross-attentions and text width 64\. Load an IP-Adapter"
     )
     with pytest.raises(ValueError, match=sentence):
-        adapters.sites_for(small.unet("sdxl"), adapter, "X")
+        image_prompt.sites_for(small.unet("sdxl"), adapter, "X")
     with pytest.raises(ValueError, match=r"Flux has no cross-attention to text \(attn2\).*Use a UNet"):
-        adapters.sites_for(torch.nn.Linear(2, 2), adapter, "Flux")
+        image_prompt.sites_for(torch.nn.Linear(2, 2), adapter, "Flux")
     with pytest.raises(ValueError, match="the model has no cross-attention"):
-        adapters.new(torch.nn.Linear(2, 2), 8)
+        image_prompt.new(torch.nn.Linear(2, 2), 8)

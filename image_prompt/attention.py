@@ -3,18 +3,15 @@
 Order: down, then up, then the middle block (diffusers' order of attention processors); inside a part by position. It is
 read off the model, under diffusers' names or ComfyUI's, so a UNet of any depth has it: 16 in SD1.5, 70 in SDXL.
 
-    Z = O(Attn(Q, K, V)) + w Attn(Q, K', V')        K' = W_k c, V' = W_v c, c: the image's tokens  (arXiv 2308.06721,
-    eq. 5)
+    Z = O(Attn(Q, K, V)) + w Attn(Q, K', V')        K' = W_k c, V' = W_v c, c: the image's tokens
 
-A file counts self-attentions, too, so the n-th cross-attention has the number 2n + 1:
+(arXiv 2308.06721, eq. 5.) A file counts self-attentions, too, so the n-th cross-attention has the number 2n + 1. Keys
+under ``ip_adapter.<number>.``:
 
-| keys under ``ip_adapter.<number>.`` | shape | meaning |
-|---|---|---|
-| ``to_k_ip.weight``, ``to_v_ip.weight`` | (N, C) | W_k, W_v of the image: the published files |
-| ``to_k_ip.down.weight``, ``to_k_ip.up.weight`` (and ``to_v_ip``) | (r, C), (N, r) | LoRA: W_k = the model's own to_k +
-up down | | ``to_q_ip.down.weight``, ``to_q_ip.up.weight`` | (r, N), (N, r) | LoRA of to_q, on the image's branch only;
-may be missing | | ``to_out_ip.down.weight``, ``to_out_ip.up.weight`` | (r, N), (N, r) | the same for to_out, on what
-the branch adds |
+    to_k_ip.weight, to_v_ip.weight   (N, C)           W_k, W_v of the image: the published files
+    to_k_ip.{down,up}.weight         (r, C), (N, r)   LoRA: W_k = the model's own to_k + up down; to_v_ip likewise
+    to_q_ip.{down,up}.weight         (r, N), (N, r)   LoRA of to_q on the image's branch only; optional
+    to_out_ip.{down,up}.weight       (r, N), (N, r)   the same for to_out, on what the branch adds
 
 The LoRA names are this pack's: the published ``to_k_lora`` of FaceID files changes the text's branch, which these do
 not.

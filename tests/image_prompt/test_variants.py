@@ -3,7 +3,7 @@
 import pytest
 import torch
 from adapter_shapes import FILES, SD15, SDXL, layers, linear, patches, resampler, uni
-from comfyui_nibble import adapters
+from comfyui_nibble import image_prompt
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
@@ -18,15 +18,15 @@ SDXL_CONFIG = dict(
 
 def test_a_file_becomes_the_module_with_just_its_keys_and_size(file):
     name, shapes, million = file
-    built = adapters.from_shapes(shapes, device="meta")
-    prefix = "" if isinstance(built, adapters.ImagePrompt) else "global_adapter."
+    built = image_prompt.from_shapes(shapes, device="meta")
+    prefix = "" if isinstance(built, image_prompt.ImagePrompt) else "global_adapter."
     assert {prefix + k: tuple(v.shape) for k, v in built.state_dict().items()} == shapes, name
     count = sum(p.numel() for p in built.parameters())
     assert f"{count / 1e6:.2f}" == f"{million:.2f}"
 
 
 def test_the_published_global_adapter_to_the_parameter():
-    built = adapters.from_shapes(FILES["Uni-ControlNet (global), published"][0], device="meta")
+    built = image_prompt.from_shapes(FILES["Uni-ControlNet (global), published"][0], device="meta")
     assert sum(p.numel() for p in built.parameters()) == 47_213_568
 
 
@@ -34,7 +34,7 @@ def test_the_published_global_adapter_to_the_parameter():
 def test_cross_attentions_are_counted_as_diffusers_counts_them(config, widths):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    found = adapters.attention.sites(unet)
+    found = image_prompt.attention.sites(unet)
     theirs = [(n, name) for n, name in enumerate(unet.attn_processors) if ".attn2." in name]
     assert [f"{s.name}.processor" for s in found] == [name for _, name in theirs]
     assert [2 * n + 1 for n in range(len(found))] == [n for n, _ in theirs]
@@ -44,12 +44,12 @@ def test_cross_attentions_are_counted_as_diffusers_counts_them(config, widths):
 def test_style_and_composition_of_sdxl_are_the_transformers_of_instantstyle():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**SDXL_CONFIG)
-    found = adapters.attention.sites(unet)
-    style, composition = (adapters.attention.chosen(found, b) for b in ("style", "composition"))
+    found = image_prompt.attention.sites(unet)
+    style, composition = (image_prompt.attention.chosen(found, b) for b in ("style", "composition"))
     assert {s.transformer for s in style} == {"up_blocks.0.attentions.1"} and len(style) == 10
     assert {s.transformer for s in composition} == {"down_blocks.2.attentions.1"} and len(composition) == 10
     with pytest.raises(ValueError, match="it may be all, style, composition"):
-        adapters.attention.chosen(found, "both")
+        image_prompt.attention.chosen(found, "both")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_style_and_composition_of_sdxl_are_the_transformers_of_instantstyle():
     ],
 )
 def test_the_report_says_what_goes_with_it(name, words):
-    report = adapters.describe(adapters.from_shapes(FILES[name][0], device="meta"))
+    report = image_prompt.describe(image_prompt.from_shapes(FILES[name][0], device="meta"))
     assert [w for w in words if w not in report] == []
 
 
@@ -88,13 +88,13 @@ def test_other_files_are_refused_in_a_sentence(case, tmp_path):
     shapes, why = BAD[case]
     save_file({k: torch.zeros(v) for k, v in shapes.items()}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=f"x.safetensors: .*{why}"):
-        adapters.load(tmp_path / "x.safetensors")
+        image_prompt.load(tmp_path / "x.safetensors")
 
 
 def test_a_damaged_file_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"<html>404</html>" * 9)
     with pytest.raises(ValueError, match=r"x.safetensors: not a whole safetensors file .* Download it again"):
-        adapters.load(tmp_path / "x.safetensors")
+        image_prompt.load(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -104,11 +104,11 @@ def test_a_file_comes_back_as_it_was_written(image, tmp_path):
     g = torch.Generator().manual_seed(0)
     tensors = {k: torch.randn(v, generator=g).half() for k, v in (image | layers([32, 64], 16)).items()}
     save_file(tensors, tmp_path / "x.safetensors")
-    read = adapters.load(tmp_path / "x.safetensors").state_dict()
+    read = image_prompt.load(tmp_path / "x.safetensors").state_dict()
     assert read.keys() == tensors.keys() and all(torch.equal(read[k], tensors[k]) for k in tensors)
 
 
 def test_uni_controlnet_reads_its_part_of_a_larger_checkpoint(tmp_path):
     part = {k: torch.ones(v) for k, v in uni(8, 4).items()}
     save_file(part | {"model.diffusion_model.x": torch.zeros(4)}, tmp_path / "x.safetensors")
-    assert adapters.load(tmp_path / "x.safetensors")(torch.ones(2, 8)).shape == (2, 4, 8)
+    assert image_prompt.load(tmp_path / "x.safetensors")(torch.ones(2, 8)).shape == (2, 4, 8)

@@ -56,16 +56,16 @@ def from_shapes(shapes: projection.Shapes, device=None) -> nn.Module:
 
     Raises ValueError, in a sentence, for keys that are neither or that none of the two would use.
     """
-    prefix, own = unicontrol.PREFIX, _below(shapes, unicontrol.PREFIX)
-    if own:
-        built: nn.Module = unicontrol.from_shapes(own, device)
+    prefix, keys = unicontrol.PREFIX, _below(shapes, unicontrol.PREFIX)
+    if keys:
+        built: nn.Module = unicontrol.from_shapes(keys, device)
     else:
-        prefix, own = "", _below(shapes, "")
-        built = _image_prompt(own, device)
+        prefix, keys = "", _below(shapes, "")
+        built = _image_prompt(keys, device)
     expected = {k: tuple(v.shape) for k, v in built.state_dict().items()}
-    for name in sorted(expected.keys() | own.keys()):
-        if expected.get(name) != own.get(name):
-            found, wanted = own.get(name, "missing"), expected.get(name, "no such key")
+    for name in sorted(expected.keys() | keys.keys()):
+        if expected.get(name) != keys.get(name):
+            found, wanted = keys.get(name, "missing"), expected.get(name, "no such key")
             raise ValueError(f"{prefix}{name} is {found}, expected {wanted}")
     return built
 
@@ -150,8 +150,8 @@ def _new_layer(attn: nn.Module, site: Site, rank: int) -> ImageAttention:
         inputs = {"to_k_ip": c, "to_v_ip": c, "to_q_ip": n, "to_out_ip": n}
         return ImageAttention({name: Factored(size, n, rank) for name, size in inputs.items()})
     layer = ImageAttention({"to_k_ip": Full(c, n), "to_v_ip": Full(c, n)})
-    for own, text in ((layer.to_k_ip, attn.to_k), (layer.to_v_ip, attn.to_v)):
-        own.weight.data.copy_(text.weight.data)
+    for image, text in ((layer.to_k_ip, attn.to_k), (layer.to_v_ip, attn.to_v)):
+        image.weight.data.copy_(text.weight.data)
     return layer
 
 
@@ -163,15 +163,14 @@ def sites_for(model: nn.Module, adapter: ImagePrompt, name: str) -> list[Site]:
     found = sites(model)
     if not found:
         raise ValueError(
-            f"{name} has no cross-attention to text (attn2), which is where an IP-Adapter works. Use a UNet, such as "
-            "SD1.5 or SDXL, with an IP-Adapter made for it"
+            f"{name} has no cross-attention to text (attn2), which is where an IP-Adapter works. "
+            "Use a UNet, such as SD1.5 or SDXL, with an IP-Adapter made for it"
         )
     context = adapter.image_proj.context
     if [(s.hidden, s.context) for s in found] != [(n, context) for n in adapter.widths]:
-        raise ValueError(
-            f"this IP-Adapter is for {_model(len(adapter.layers), context)}, and {name} has {len(found)} "
-            f"cross-attentions and text width {found[0].context}. Load an IP-Adapter that was made for this model"
-        )
+        has = f"{len(found)} cross-attentions and text width {found[0].context}"
+        what = f"this IP-Adapter is for {_model(len(adapter.layers), context)}, and {name} has {has}"
+        raise ValueError(f"{what}. Load an IP-Adapter that was made for this model")
     return found
 
 
