@@ -23,10 +23,10 @@ from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.convert import plan_source
 from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.demo import dataset, recognise
+from comfyui_nibble.headless import base as headless
 from comfyui_nibble.headless import pipeline
-from comfyui_nibble.headless import train as headless
 from comfyui_nibble.quant.schemes import KEEP
-from comfyui_nibble.training import adapters, consistency, denoise, distill, loftq, loop, lora, paths, refine, reflow
+from comfyui_nibble.training import consistency, denoise, distill, job, loftq, loop, paths, refine, reflow
 from comfyui_nibble.training.consistency import Consistency
 from comfyui_nibble.training.tuned import Tuner
 
@@ -81,7 +81,7 @@ class Bench:
 
     def distil(self, mode: str, more: Callable | None = None, **settings) -> list[Row]:
         """The mode's own measure before and after; ``more(task, made)`` gives further rows, the LoRA in place."""
-        loras = adapters.Adapters(self.pipe.unet, lora.usual(list(adapters.linears(self.pipe.unet))), RANK)
+        loras = job.adapters_of(headless.base_of(self.pipe), RANK, 0)
         pictures = None
         if mode == "lcf":
             latents = [headless.latent_of(self.pipe, p) for p in self.pictures()]
@@ -92,7 +92,7 @@ class Bench:
         chosen = distill.Settings(mode, self.plan(mode, RATES.get(mode, 1e-3)), **{**guided, **settings})
         began = time.monotonic()
         with loras.attached():
-            out = distill.run(task, chosen, self.work / mode, self.follow(mode))
+            out = distill.train_task(task, chosen, self.work / mode, self.follow(mode))
             rows = [Row(f"{mode}: {MEASURES[mode]}", out.before, out.after, WANTED[mode], time.monotonic() - began)]
             return rows + (more(loras) if more else [])
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import core_formats
-from .schemes import KEEP, SCHEMES, SVDQUANT, scheme
+from .schemes import KEEP, SCHEMES, SVDQUANT, TARGETS, scheme
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,6 @@ def _gated(rule: Rule, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool
     return before is not None and before[0] != shapes[name][1]
 
 
-TARGETS = (SVDQUANT.id, *core_formats.FORMATS)
 WHOLE_COLUMNS = "int8_tensorwise"  # a byte a weight
 
 

@@ -45,6 +45,8 @@ AWQ = QuantScheme(
 )  # fmt: skip
 
 SCHEMES: dict[str, QuantScheme] = {s.id: s for s in (SVDQUANT, AWQ)}
+# What a model can be quantized to; after the first, the formats of ComfyUI's own: `core_formats.FORMATS`.
+TARGETS = (SVDQUANT.id, "nvfp4", "convrot_w4a4", "asym_w4a8_int8", "int8_tensorwise")
 
 
 def scheme(id: str) -> QuantScheme:

@@ -17,6 +17,7 @@ CORE = {
     "prompts",
     "profiling",
     "metrics",
+    "calibration",
     "checkpoints",
     "quant",
     "demo",
@@ -27,8 +28,9 @@ ALLOWED = {
     "": {"nodes"},
     "nodes": CORE,
     "headless": CORE,
-    "training": {"lora", "sampling", "quant", "reading", "writing"},
+    "training": {"checkpoints.save", "lora", "sampling", "quant", "reading", "writing"},  # what is trained is a file
     "lora": {"checkpoints.families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
+    "calibration": {"checkpoints", "quant", "writing"},
     "checkpoints": {"quant", "writing"},
     "demo": {"metrics", "training", "adapters", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition

@@ -1,0 +1,59 @@
+"""What commands have in common: what they print, and flags whose defaults are a recipe's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+
+def say(*lines: object) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def bar(total: int | None, what: str):
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, file=sys.stderr, leave=False)
+
+
+def follow(progress):
+    """What training calls: after each step, and before it for what is made first."""
+
+    def step(done: int, _total: int, loss: float) -> None:
+        progress.set_postfix(loss=f"{loss:.4f}")
+        progress.update(done - progress.n)
+
+    return step, lambda what, done, total: progress.set_description(f"{what} {done}/{total}")
+
+
+def add_options(parser: argparse.ArgumentParser, row, **texts: str) -> None:
+    """A flag for each field of a recipe ``row`` that ``texts`` has, which explains it."""
+    for name, text in texts.items():
+        value, flag = getattr(row, name), "--" + name.replace("_", "-")
+        shown = f"{value:g}" if isinstance(value, float) else value
+        parser.add_argument(flag, type=type(value), default=value, help=f"{text} (default {shown})")
+
+
+def recipe(row, args: argparse.Namespace, **more):
+    """``row`` with what ``args`` say, and ``more``."""
+    told = {f.name: getattr(args, f.name) for f in fields(row) if getattr(args, f.name, None) is not None}
+    return type(row)(**{**vars(row), **told, **more})
+
+
+def place_of(args: argparse.Namespace):
+    """Where a training command's file goes, and beside it what an unfinished one keeps."""
+    from ..training.job import Place, to_file
+
+    root = args.work or args.out.with_name(f".{args.out.name}.work")
+    return Place(root, args.out.stem, to_file(args.out))
+
+
+def require_room(out: Path, size: int = 0) -> None:
+    """Raises ValueError where ``out`` exists, or does not fit on the disk."""
+    from ..checkpoints.save import require_free
+    from ..writing.room import check_room
+
+    require_free(out)
+    check_room(out, size)
