@@ -26,7 +26,7 @@ from comfyui_nibble.demo import dataset, recognise
 from comfyui_nibble.headless import base as headless
 from comfyui_nibble.headless import pipeline
 from comfyui_nibble.quant.schemes import KEEP
-from comfyui_nibble.training import consistency, denoise, distill, job, loftq, loop, paths, refine, reflow
+from comfyui_nibble.training import consistency, denoise, distill, job, loftq, loop, paths, recipes, refine, reflow
 from comfyui_nibble.training.consistency import Consistency
 from comfyui_nibble.training.tuned import Tuner
 
@@ -88,8 +88,9 @@ class Bench:
             pictures = torch.stack(latents)
         task = distill.Task(self.model, self.teacher, loras.parameters(), self.path, self.cond, self.empty, SHAPE,
                             pictures)  # fmt: skip
-        guided = dict(cfg=CFG, pairs=self.args.pairs, teacher_steps=50, consistency=Consistency(omega=(2.0, 2.0)))
-        chosen = distill.Settings(mode, self.plan(mode, RATES.get(mode, 1e-3)), **{**guided, **settings})
+        row = recipes.Distill(mode, **{**dict(cfg=CFG, pairs=self.args.pairs, teacher_steps=50), **settings})
+        plan = self.plan(mode, RATES.get(mode, 1e-3))
+        chosen = distill.Settings(row, plan, consistency=Consistency(omega=(2.0, 2.0)))
         began = time.monotonic()
         with loras.attached():
             out = distill.train_task(task, chosen, self.work / mode, self.follow(mode))

@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 def add_command(subparsers) -> None:
     """Adds ``distill`` and ``refine`` to the command line."""
     out = subparsers.add_parser("distill", help="train a LoRA for few steps, on 4-bit weights")
-    out.add_argument("--way", choices=WAYS, default=DISTILL.way, help="lcf learns from --pictures, others from a model")
+    out.add_argument(
+        "--way", choices=list(WAYS), default=DISTILL.way, help="lcf learns from --pictures, others from a model"
+    )
     out.add_argument("--out", type=Path, required=True, help="the LoRA to write (.safetensors); never overwritten")
     out.add_argument("--pictures", type=Path, help="folder of captioned pictures to learn from (for lcf)")
     out.add_argument("--rate", type=float, help=f"learning rate (default {DISTILL.rate:g}; {DEMO_RATE:g} for the demo)")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..training.distill import MODES
-from ..training.recipes import DISTILL, LOFTQ, REFINE, Distill, LoftQ, Refine
+from ..training.recipes import DISTILL, LOFTQ, REFINE, WAYS, Distill, LoftQ, Refine
 from .bridge import distill, outputs, refine
 from .calibrate import as_image
 
@@ -97,8 +96,8 @@ class NibbleDistill(io.ComfyNode):
                                "Nothing connected: the model itself, which takes no memory of its own."),
                 io.Latent.Input("latent", tooltip="Empty Latent Image: the size, and the teacher draws what is learned "
                                 "from. VAE Encode: your own pictures (needed for lcf)."),
-                io.Combo.Input("way", options=list(MODES), default=DISTILL.way, tooltip=" ".join(
-                    f"{name}: {mode.summary}." for name, mode in MODES.items())),
+                io.Combo.Input("way", options=list(WAYS), default=DISTILL.way, tooltip=" ".join(
+                    f"{way}: {summary}." for way, summary in WAYS.items())),
                 io.Int.Input("updates", default=DISTILL.updates, min=1, max=1_000_000,
                              tooltip="Updates of the LoRA. A few hundred "
                              "show an effect, thousands are usual for big models."),

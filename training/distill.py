@@ -57,26 +57,18 @@ class Task:
 
 @dataclass(frozen=True)
 class Settings:
-    """``cfg``: of the teacher. ``steps``: what progressive halves down to, from ``start``; how many phases there are;
-    and what lcm is measured at. ``pairs``: how many the teacher makes, each in ``teacher_steps``. ``about``: see
-    `reflow.Making`.
-    """
+    """``row`` with its plan. ``about``: see `reflow.Making`."""
 
-    mode: str
+    row: recipes.Distill
     plan: Plan
-    cfg: float = 3.0
-    steps: int = 4
-    start: int = 16
-    pairs: int = 64
-    teacher_steps: int = 25
     about: str = ""
     consistency: consistency.Consistency = field(default_factory=consistency.Consistency)
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"unknown way to distil {self.mode!r}; there are {', '.join(MODES)}")
-        if self.mode == "progressive":
-            progressive.rounds(self.start, self.steps)
+        if self.row.way not in MODES:
+            raise ValueError(f"unknown way to distil {self.row.way!r}; there are {', '.join(MODES)}")
+        if self.row.way == "progressive":
+            progressive.rounds(self.row.start, self.row.steps)
 
 
 @dataclass(frozen=True)
@@ -102,12 +94,12 @@ def train_task(
 
     Raises ValueError in one sentence for a mode that needs pictures and has none, and for settings that do not fit.
     """
-    mode = MODES[settings.mode]
+    mode = MODES[settings.row.way]
     if mode.pictures and task.pictures is None:
-        raise ValueError(f"{settings.mode} learns from pictures: connect the latents of some")
+        raise ValueError(f"{settings.row.way} learns from pictures: connect the latents of some")
     train_on = held = None
     if not mode.pictures:  # beside one's own pictures the teacher draws only what is measured on
-        learned = settings.pairs if mode.pairs or task.pictures is None else 0
+        learned = settings.row.pairs if mode.pairs or task.pictures is None else 0
         train_on, held = _cut(_pairs(task, settings, learned, work, tell))
     before = mode.measure(task, settings, held)
     results = mode.train(task, settings, train_on, work, watch)
@@ -120,7 +112,7 @@ def train_task(
 def _pairs(task: Task, settings: Settings, learned: int, work: File | None, tell: Tell) -> reflow.Pairs:
     """``learned`` pairs and `EXTRA` more."""
     making = reflow.Making(
-        learned + EXTRA, task.shape, settings.teacher_steps, settings.cfg, settings.plan.seed,
+        learned + EXTRA, task.shape, settings.row.teacher_steps, settings.row.cfg, settings.plan.seed,
         about=settings.about,
     )  # fmt: skip
 
@@ -153,7 +145,7 @@ def _pictures(task: Task, pairs: reflow.Pairs | None, count: int) -> consistency
 
 
 def _phases(s: Settings) -> phased.Phases:
-    return phased.Phases(s.consistency.skip, s.consistency.omega, count=s.steps)
+    return phased.Phases(s.consistency.skip, s.consistency.omega, count=s.row.steps)
 
 
 def _lcd(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
@@ -209,7 +201,7 @@ def _one_step(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[
 
 def _progressive(task: Task, s: Settings, pairs, work: File, watch: Watch) -> list[Result]:
     """One run a halving; the plan's steps are shared evenly between them."""
-    counts = progressive.rounds(s.start, s.steps)
+    counts = progressive.rounds(s.row.start, s.row.steps)
     source, teacher, out = _pictures(task, pairs, s.plan.batch), None, []
     for i, count in enumerate(counts):
         plan = replace(s.plan, name=f"{s.plan.name}-{count}", steps=max(1, s.plan.steps // len(counts)))
@@ -230,7 +222,7 @@ def _halving(task: Task, s: Settings, source, teacher: Model | None, count: int)
         at = progressive.interval(task.path, count, g, len(batch.x))
         at = tuple(None if t is None else t.to(task.device) for t in at)
         noise = torch.randn(batch.x.shape, generator=g).to(task.device)
-        first = (task.teacher, batch.cond, batch.empty, s.cfg)
+        first = (task.teacher, batch.cond, batch.empty, s.row.cfg)
         answer = paths.guided(*(first if teacher is None else (teacher, batch.cond, None, 1.0)))
         z = task.path.noised(batch.x, noise, at[0])
         return progressive.loss(paths.guided(task.student, batch.cond, None, 1.0), answer, task.path, z, at)
@@ -259,7 +251,7 @@ def by_lcm(task: Task, s: Settings, held: reflow.Pairs | None) -> float:
     if held is None:
         return _fine_loss(task, s, g)
     batch = batch_of(task, held, torch.arange(len(held)))
-    stops = paths.times(len(task.path), s.steps, len(task.path) // s.consistency.skip)
+    stops = paths.times(len(task.path), s.row.steps, len(task.path) // s.consistency.skip)
     x = consistency.sample(task.student, task.path, batch.noise, batch.cond, stops, g)
     return float((x - batch.x1).square().mean())
 
@@ -294,29 +286,18 @@ class Mode:
 
     train: Callable
     measure: Callable
-    summary: str
     pictures: bool = False
     pairs: bool = False
 
 
-MODES: dict[str, Mode] = {
-    "lcm": Mode(
-        _consistent(_lcd, lambda s: s.consistency), by_lcm, "LCM-LoRA: 1-8 steps with the LCM sampler at cfg 1"
-    ),
-    "lcf": Mode(
-        _consistent(_lcf, fine),
-        by_lcm,
-        "consistency fine-tuning on your pictures: LCM sampler at cfg 1",
-        pictures=True,
-    ),
-    "phased": Mode(
-        _consistent(_in_phases, _phases),
-        by_euler(lambda s: s.steps),
-        "consistency in phases: Euler or DDIM, steps steps, cfg 1",
-    ),
-    "reflow": Mode(_reflow, by_euler(lambda s: s.steps), "straight trajectories: few Euler steps at cfg 1", pairs=True),
-    "one_step": Mode(_one_step, by_euler(lambda s: 1), "one Euler step at cfg 1", pairs=True),
-    "progressive": Mode(_progressive, by_euler(lambda s: s.steps), "steps halved again and again: Euler at cfg 1"),
+_few = by_euler(lambda s: s.row.steps)
+MODES: dict[str, Mode] = {  # of `recipes.WAYS`
+    "lcm": Mode(_consistent(_lcd, lambda s: s.consistency), by_lcm),
+    "lcf": Mode(_consistent(_lcf, fine), by_lcm, pictures=True),
+    "phased": Mode(_consistent(_in_phases, _phases), _few),
+    "reflow": Mode(_reflow, _few, pairs=True),
+    "one_step": Mode(_one_step, by_euler(lambda s: 1), pairs=True),
+    "progressive": Mode(_progressive, _few),
 }
 
 
@@ -334,8 +315,7 @@ class Prompts:
 def settings_of(row: recipes.Distill, base: Base, about: str) -> Settings:
     """``row`` for `train_task`. The guidance that is built in is the teacher's."""
     guided = max(0.0, row.cfg - 1)
-    return Settings(row.way, plan_of(row.way, row, base.dtype), row.cfg, row.steps, row.start, row.pairs,
-                    row.teacher_steps, about, consistency.Consistency(omega=(guided, guided)))  # fmt: skip
+    return Settings(row, plan_of(row.way, row, base.dtype), about, consistency.Consistency(omega=(guided, guided)))
 
 
 def run(
@@ -386,7 +366,7 @@ def report(row: recipes.Distill, outcome: Outcome, layers: int) -> str:
     what = "consistency loss" if row.way == "lcf" else "distance to the teacher's pictures"
     change = outcome.after / outcome.before - 1 if outcome.before else 0.0
     return "\n".join([
-        f"| way | {row.way}: {MODES[row.way].summary} |",
+        f"| way | {row.way}: {recipes.WAYS[row.way]} |",
         "|---|---|",
         f"| sample with | {distilled.words(row.way, row.steps)} |",
         f"| updates | {len(outcome.losses)} of {row.batch} pictures, rate {row.rate:g} |",

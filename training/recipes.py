@@ -13,7 +13,14 @@ from dataclasses import dataclass
 COSINE, CONSTANT = "cosine", "constant"
 SCHEDULES = (COSINE, CONSTANT)
 OPTIMIZERS = ("adamw", "adafactor", "galore")
-WAYS = ("lcm", "lcf", "phased", "reflow", "one_step", "progressive")
+WAYS = {  # of distilling
+    "lcm": "LCM-LoRA: 1-8 steps with the LCM sampler at cfg 1",
+    "lcf": "consistency fine-tuning on your pictures: LCM sampler at cfg 1",
+    "phased": "consistency in phases: Euler or DDIM, steps steps, cfg 1",
+    "reflow": "straight trajectories: few Euler steps at cfg 1",
+    "one_step": "one Euler step at cfg 1",
+    "progressive": "steps halved again and again: Euler at cfg 1",
+}
 PRECISIONS = ("4-bit", "16-bit")  # of a base that is made now
 DEMO_RATE, DEMO_RATES = 1e-3, {"lcf": 3e-3}  # what the demo model wants; by way of distilling
 
@@ -44,9 +51,11 @@ class Lora:
 
 @dataclass(frozen=True)
 class Distill:
-    """A LoRA for few steps. The rest: see `distill.Settings`."""
+    """A LoRA for few steps. ``cfg``: of the teacher. ``steps``: what progressive halves down to, from ``start``; how
+    many phases there are; what lcm is measured at. ``pairs``: how many the teacher makes, each in ``teacher_steps``.
+    """
 
-    way: str = WAYS[0]
+    way: str = "lcm"
     updates: int = 300
     batch: int = 4
     rank: int = 16

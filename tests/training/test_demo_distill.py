@@ -5,7 +5,7 @@ import torch
 from comfyui_nibble import demo
 from comfyui_nibble.demo import recognise
 from comfyui_nibble.headless import base, pipeline
-from comfyui_nibble.training import consistency, distill, job, paths
+from comfyui_nibble.training import consistency, distill, job, paths, recipes
 from comfyui_nibble.training.loop import Plan, Watch
 
 SHAPE, NAMES = (4, 16, 16), ("red apple", "rocket")
@@ -32,7 +32,7 @@ def run(both, way: str, plan: Plan, work, pictures=None) -> distill.Outcome:
     task = distill.Task(model, teacher, loras.parameters(), path, cond, empty, SHAPE, pictures)
     guided = consistency.Consistency(omega=(2.0, 2.0))
     with loras.attached():
-        settings = distill.Settings(way, plan, pairs=4, teacher_steps=20, consistency=guided)
+        settings = distill.Settings(recipes.Distill(way, pairs=4, teacher_steps=20), plan, consistency=guided)
         return distill.train_task(task, settings, work, Watch())
 
 
