@@ -145,8 +145,8 @@ class NibbleDistill(io.ComfyNode):
                 teacher_steps, teacher=None, clip=None, prompts="", negative="", positive=None,
                 negative_cond=None) -> io.NodeOutput:  # fmt: skip
         row = Distill(way, updates, batch, rank, learning_rate, cfg, steps, start, pairs, teacher_steps, seed)
-        given = distill.prompts(clip, prompts, negative, positive, negative_cond)
-        inputs, out = distill.Inputs(given, latent["samples"]), outputs.new(name)
+        inputs = distill.given(latent["samples"], clip, prompts, negative, positive, negative_cond)
+        out = outputs.new(name)
         trained, report, chart = distill.distill((model, teacher), inputs, row, out, cls.hidden.unique_id)
         return io.NodeOutput(trained, outputs.name_of(out), report, as_image(chart))
 
@@ -202,8 +202,7 @@ class NibbleRefine(io.ComfyNode):
     def execute(cls, model, teacher, latent, updates, batch, learning_rate, stops, cfg, seed, clip=None, prompts="",
                 negative="", positive=None, negative_cond=None) -> io.NodeOutput:  # fmt: skip
         row = Refine(updates, batch, learning_rate, stops, cfg, seed)
-        given = distill.prompts(clip, prompts, negative, positive, negative_cond)
-        inputs = distill.Inputs(given, latent["samples"])
+        inputs = distill.given(latent["samples"], clip, prompts, negative, positive, negative_cond)
         refined, report, chart = refine.refine((model, teacher), inputs, row, cls.hidden.unique_id)
         return io.NodeOutput(refined, report, as_image(chart))
 

@@ -34,7 +34,9 @@ FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is sampled: (positive, negative) conditionings, one pair a prompt, from ``latent`` (its size counts)."""
+    """What is sampled: (positive, negative) conditionings, one pair a prompt, from ``latent``: its
+    size counts, and where one distils the pictures in it.
+    """
 
     pairs: tuple
     latent: torch.Tensor

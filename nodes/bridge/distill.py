@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.model_management as mm
@@ -20,28 +19,18 @@ from ...training.loop import Watch
 from ...training.recipes import Distill
 from ...writing.room import check_room
 from . import outputs, selfcheck, train_model
-from .calibrate import encode, of_conditions, split
+from .calibrate import Inputs, encode, of_conditions, split
 from .training import Live
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """``pairs``: (positive, negative) conditioning of each prompt; ``samples``: a LATENT's tensor, all zero when it
-    only gives the size.
-    """
-
-    pairs: tuple
-    samples: torch.Tensor
-
-
-def prompts(clip, text: str, negative: str, positive, negative_cond) -> tuple:
-    """The (positive, negative) conditionings that a node was given, either way. Raises ValueError for none."""
+def given(latent: torch.Tensor, clip, text: str, negative: str, positive, negative_cond) -> Inputs:
+    """What a node was given, either way. Raises ValueError for no prompts."""
     if positive is not None:
-        return split(positive, negative_cond)
+        return Inputs(split(positive, negative_cond), latent)
     lines = textfile.lines(text)
     if clip is None or not lines:
         raise ValueError("Connect CLIP and write prompts, one a line, or connect positive")
-    return encode(clip, lines, negative)
+    return Inputs(encode(clip, lines, negative), latent)
 
 
 def distill(models: tuple, inputs: Inputs, row: Distill, out: Path, node_id: str | None = None):
@@ -55,24 +44,24 @@ def distill(models: tuple, inputs: Inputs, row: Distill, out: Path, node_id: str
     selfcheck.require()
     model, _ = models
     check_room(out, file_bytes(model.model.diffusion_model, row.rank))
-    given = [(train_model.resident(m), train_model.digest_of(m)) for m in models if m is not None]
-    mm.load_models_gpu([m for m, _ in given], force_full_load=True)
-    live = Live(given[0][0], row.updates, node_id)
+    loaded = [(train_model.resident(m), train_model.digest_of(m)) for m in models if m is not None]
+    mm.load_models_gpu([m for m, _ in loaded], force_full_load=True)
+    live = Live(loaded[0][0], row.updates, node_id)
     with ExitStack() as stack:
-        for m, _ in given:
+        for m, _ in loaded:
             stack.enter_context(train_model.learning(m))
-        base, *teacher = (train_model.base_of(*g) for g in given)
+        base, *teacher = (train_model.base_of(*m) for m in loaded)
         bases = live.seen(base), next(iter(teacher), None)
         watch = Watch(live.step, live.check)
-        made = core.run(bases, _learned(given[0][0], inputs), row, outputs.place(out), watch, live.tell)
+        made = core.run(bases, _learned(loaded[0][0], inputs), row, outputs.place(out), watch, live.tell)
     trained, _ = comfy.sd.load_lora_for_models(model, None, made.tensors, 1.0, 0.0)
     trained.set_attachments("lora_metadata", made.info)  # so that Few-Step Sampler knows it
     return trained, outputs.with_notes(made.text, made.notes), loss_chart(made.losses, "loss")
 
 
 def _learned(model, inputs: Inputs) -> core.Prompts:
-    shape, pictures = latents(model, inputs.samples)
-    of_inputs = fingerprint({"latent": inputs.samples, **of_conditions(inputs.pairs)})
+    shape, pictures = latents(model, inputs.latent)
+    of_inputs = fingerprint({"latent": inputs.latent, **of_conditions(inputs.pairs)})
     return core.Prompts(*conditions(model, inputs.pairs, shape), shape, pictures, of_inputs)
 
 

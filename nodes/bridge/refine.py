@@ -26,8 +26,8 @@ from ...training.recipes import LoftQ, Refine
 from ...writing.room import check_room
 from . import calibrate, outputs, selfcheck, train_model
 from .build import assemble, dense_state, make_room, weight_of
-from .calibrate import tell
-from .distill import Inputs, conditions, latents
+from .calibrate import Inputs, tell
+from .distill import conditions, latents
 from .load import wrapped
 from .save import RECORD_OF_FILE, RECORD_OF_MODEL
 from .training import Live
@@ -112,7 +112,7 @@ def refine(models: tuple, inputs: Inputs, row: Refine, node_id: str | None = Non
     made = _states(teacher, inputs, row, live)
     mm.load_models_gpu([target], force_full_load=True)
     with train_model.learning(target):
-        prompts = conditions(target, inputs.pairs, latents(target, inputs.samples)[0])
+        prompts = conditions(target, inputs.pairs, latents(target, inputs.latent)[0])
         base = live.seen(train_model.base_of(target))
         done = core.run(base, prompts, made, row, Watch(live.step, live.check))
     module = target.model.diffusion_model
@@ -125,7 +125,7 @@ def refine(models: tuple, inputs: Inputs, row: Refine, node_id: str | None = Non
 
 def _states(teacher, inputs: Inputs, row: Refine, live: Live) -> core.States:
     """The teacher's trajectories. It may leave the device afterwards."""
-    shape, _ = latents(teacher, inputs.samples)
+    shape, _ = latents(teacher, inputs.latent)
     target = train_model.resident(teacher)
     mm.load_models_gpu([target], force_full_load=True)
     with train_model.learning(target):

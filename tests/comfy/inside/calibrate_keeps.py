@@ -39,7 +39,7 @@ def refined(teacher):
     model = demo.model(True)
     watched.append(weakref.ref(model.model))
     wish = refine.Refine(1, 1, 1e-3, 2, 1.0, 0)
-    return refine.refine((model, teacher), distill.Inputs(pairs, empty), wish)[0]
+    return refine.refine((model, teacher), calibrate.Inputs(pairs, empty), wish)[0]
 
 
 def answer(model) -> torch.Tensor:
