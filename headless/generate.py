@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from .shown import bar
+
 AUTO, NONE = "auto", "none"  # few_steps.CHOICES, said again so that --help need not load torch
 BATCH, MOST_STEPS, MOST_CFG = 4, 1000, 100.0
 
@@ -92,18 +94,16 @@ def check(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """``nibble generate``: prints the path of each picture as it is written."""
-    from tqdm import tqdm
-
     check(args)
-    with tqdm(total=1, desc="loading", file=sys.stderr, leave=False) as bar:
+    with bar(1, "loading") as progress:
         from . import draw
 
         def start(total: int) -> None:
-            bar.set_description("steps")
-            bar.reset(total)
+            progress.set_description("steps")
+            progress.reset(total)
 
         def say(sentence: str) -> None:
-            bar.write(f"nibble: {sentence}", file=sys.stderr)
+            progress.write(f"nibble: {sentence}", file=sys.stderr)
 
-        for path in draw.draw(args, start, bar.update, say):
-            bar.write(str(path), file=sys.stdout)
+        for path in draw.draw(args, start, progress.update, say):
+            progress.write(str(path), file=sys.stdout)

@@ -8,8 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 
 
-def say(*lines: object) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+def say(*lines: object, to=None) -> None:
+    stream = to or sys.stdout
+    stream.write("".join(f"{line}\n" for line in lines))
+    stream.flush()
 
 
 def bar(total: int | None, what: str):
