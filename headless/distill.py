@@ -7,8 +7,19 @@ import logging
 from pathlib import Path
 
 from ..training.recipes import DEMO_RATE, DEMO_RATES, DISTILL, PRECISIONS, REFINE, WAYS
-from .shown import add_options, bar, follow, place_of, recipe, require_room, say
-from .train import add_base
+from .shown import (
+    add_base,
+    add_options,
+    add_prompts,
+    bar,
+    follow,
+    place_of,
+    precision_of,
+    rate_of,
+    recipe,
+    require_room,
+    say,
+)
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +48,7 @@ def add_command(subparsers) -> None:
     )
     out.add_argument("--work", type=Path, help="folder of what is resumed (default: beside --out)")
     add_base(out)
-    _add_prompts(out, 32)
+    add_prompts(out, 32)
     out.set_defaults(run=run_distill)
     out = subparsers.add_parser("refine", help="bring a 4-bit file closer to its 16-bit original, without data")
     out.add_argument("--out", type=Path, required=True, help="the 4-bit file to write; never overwritten")
@@ -51,15 +62,9 @@ def add_command(subparsers) -> None:
         cfg="guidance scale, as the model is sampled",
         seed="of noise and order",
     )
-    add_base(out)
-    _add_prompts(out, 200)
+    add_base(out, made_now=False)
+    add_prompts(out, 200)
     out.set_defaults(run=run_refine)
-
-
-def _add_prompts(out: argparse.ArgumentParser, samples: int) -> None:
-    out.add_argument("--prompts", type=Path, help="text file, a prompt a line (default: the pack's own list)")
-    out.add_argument("--domain", help="this domain's prompts instead, e.g. food")
-    out.add_argument("--samples", type=int, default=samples, help=f"how many prompts (default {samples})")
 
 
 def run_distill(args: argparse.Namespace) -> None:
@@ -68,10 +73,9 @@ def run_distill(args: argparse.Namespace) -> None:
     from . import base
 
     require_room(args.out)
-    rate = args.rate or (DEMO_RATES.get(args.way, DEMO_RATE) if args.model is None else DISTILL.rate)
-    row = recipe(DISTILL, args, rate=rate)
+    row = recipe(DISTILL, args, rate=rate_of(args, DISTILL.rate, DEMO_RATES.get(args.way, DEMO_RATE)))
     teacher = base.load(args, PRECISIONS[1])
-    precision = PRECISIONS[0] if args.quantized else args.precision
+    precision = precision_of(args)
     pipe = teacher if precision == PRECISIONS[1] else base.load(args, precision)
     require_room(args.out, job.file_bytes(pipe.unet, row.rank))
     for one in (pipe, teacher):

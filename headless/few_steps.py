@@ -16,7 +16,6 @@ from ..sampling.presets import of_family
 from . import pipeline
 
 NONE = "none"
-CHOICES = (detect.AUTO, NONE)  # besides the table's ids
 # diffusers' denoisers -> families of the table; UNets and FLUX.1 are told apart by their configuration
 FAMILY_OF = {
     "SD3Transformer2DModel": "sd3",

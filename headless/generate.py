@@ -9,9 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..sampling.detect import AUTO
+from ..training.recipes import PRECISIONS
 from .shown import bar
 
-AUTO, NONE = "auto", "none"  # few_steps.CHOICES, said again so that --help need not load torch
 BATCH, MOST_STEPS, MOST_CFG = 4, 1000, 100.0
 
 
@@ -26,7 +27,7 @@ def add_command(subparsers) -> None:
     model.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
     model.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
     model.add_argument(
-        "--precision", choices=["4-bit", "16-bit"], default="4-bit", help="without --quantized: quantize now or not"
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="without --quantized: quantize now or not"
     )
     model.add_argument("--rank", type=int, default=32, help="rank when quantizing now (default 32)")
     model.add_argument(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..quant.calib.presets import OFFERED
 from ..quant.schemes import TARGETS
-from .shown import bar, say
+from .shown import add_prompts, bar, say
 
 FREE = OFFERED[0]
 
@@ -32,9 +32,7 @@ def add_command(commands) -> None:
         default=FREE,
         help="how hard to try; fast and best draw prompts with the pipeline folder given as source (default data_free)",
     )
-    out.add_argument("--prompts", type=Path, help="text file, a prompt a line (default: the pack's own list)")
-    out.add_argument("--domain", help="calibrate with this domain's prompts, e.g. food")
-    out.add_argument("--samples", type=int, default=16, help="prompts to draw while calibrating (default 16)")
+    add_prompts(out, 16)
     out.add_argument("--levels", type=int, default=8, help="sampling steps of each (default 8)")
     out.add_argument("--cfg", type=float, default=3.0, help="guidance scale while calibrating (default 3)")
     out.add_argument("--budget", type=float, default=0, metavar="MIB", help="the file takes at most so much")

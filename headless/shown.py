@@ -7,6 +7,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from ..training.recipes import PRECISIONS
+
 
 def say(*lines: object, to=None) -> None:
     stream = to or sys.stdout
@@ -36,6 +38,34 @@ def add_options(parser: argparse.ArgumentParser, row, **texts: str) -> None:
         value, flag = getattr(row, name), "--" + name.replace("_", "-")
         shown = f"{value:g}" if isinstance(value, float) else value
         parser.add_argument(flag, type=type(value), default=value, help=f"{text} (default {shown})")
+
+
+def add_base(parser: argparse.ArgumentParser, made_now: bool = True) -> None:
+    """Flags that say which model is worked on; ``made_now``: its 4-bit form may be."""
+    parser.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
+    parser.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
+    if made_now:
+        parser.add_argument(
+            "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the base (default 4-bit)"
+        )
+        parser.add_argument("--base-rank", type=int, default=32, help="rank when quantizing the base now (default 32)")
+    parser.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
+
+
+def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
+    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line (default: the pack's own list)")
+    parser.add_argument("--domain", help="this domain's prompts instead, e.g. food")
+    parser.add_argument("--samples", type=int, default=count, help=f"how many prompts (default {count})")
+
+
+def precision_of(args: argparse.Namespace) -> str:
+    return PRECISIONS[0] if args.quantized is not None else args.precision
+
+
+def rate_of(args: argparse.Namespace, usual: float, demo: float) -> float:
+    """The learning rate that a person set, or what suits the model: ``demo`` where it is the shipped one."""
+    given = demo if args.model is None else usual
+    return given if args.rate is None else args.rate
 
 
 def recipe(row, args: argparse.Namespace, **more):

@@ -6,8 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from ..training.recipes import DEMO_RATE, LORA, OPTIMIZERS, PRECISIONS, SCHEDULES
-from .shown import add_options, bar, follow, place_of, recipe, require_room, say
+from ..training.recipes import DEMO_RATE, LORA, OPTIMIZERS, SCHEDULES
+from .shown import add_base, add_options, bar, follow, place_of, precision_of, rate_of, recipe, require_room, say
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,6 @@ def add_command(subparsers) -> None:
     out.set_defaults(run=run)
 
 
-def add_base(out: argparse.ArgumentParser) -> None:
-    """Adds what says which model is trained."""
-    out.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
-    out.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
-    out.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the base (default 4-bit)")
-    out.add_argument("--base-rank", type=int, default=32, help="rank when quantizing the base now (default 32)")
-    out.add_argument("--device", help="cuda or cpu (default: a GPU if there is one)")
-
-
 def run(args: argparse.Namespace) -> None:
     from ..training import data, eight_bit, job, lora
     from ..training.loop import Watch
@@ -59,9 +50,9 @@ def run(args: argparse.Namespace) -> None:
 
     require_room(args.out)
     pictures = data.examples(args.folder)  # what is wrong with it is said before the model is loaded
-    pipe = base.load(args, PRECISIONS[0] if args.quantized else args.precision)
+    pipe = base.load(args, precision_of(args))
     require_room(args.out, job.file_bytes(pipe.unet, args.rank))
-    rate = args.rate or (DEMO_RATE if args.model is None else LORA.rate)
+    rate = rate_of(args, LORA.rate, DEMO_RATE)
     row = recipe(LORA, args, rate=rate, side=args.side or base.side_of(pipe))
     samples = base.samples(pipe, args.folder, row.side)
     with bar(row.updates, "steps") as progress, eight_bit.wanted(pipe.unet, row.compress):
