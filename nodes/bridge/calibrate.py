@@ -89,7 +89,7 @@ def subject_of(model, inputs: Inputs, settings: Settings, node_id: str | None = 
         family=family,
         module=module,
         shapes=shapes,
-        nbytes={n: v.numel() * kept_dtype(v).itemsize for n, v in state.items()},
+        nbytes={n: v.numel() * _itemsize(v) for n, v in state.items()},
         dtype=side_of(module.dtype, family),
         weight=weight,
         sample=lambda: _sample(model, inputs, settings, node_id),
@@ -97,6 +97,10 @@ def subject_of(model, inputs: Inputs, settings: Settings, node_id: str | None = 
         drawn=[fingerprint(of_conditions(inputs.pairs)), list(inputs.latent.shape)],
         device=str(device),
     )
+
+
+def _itemsize(value: torch.Tensor) -> int:
+    return (kept_dtype(value) if value.is_floating_point() else value.dtype).itemsize
 
 
 def of_conditions(pairs: tuple) -> dict[str, torch.Tensor]:
