@@ -28,7 +28,6 @@ from comfyui_nibble.headless import pipeline
 from comfyui_nibble.quant.schemes import KEEP
 from comfyui_nibble.training import consistency, denoise, distill, job, loftq, loop, paths, recipes, refine, reflow
 from comfyui_nibble.training.consistency import Consistency
-from comfyui_nibble.training.tuned import Tuner
 
 CFG, RANK, SHAPE = 3.0, 16, (4, 16, 16)
 
@@ -148,16 +147,11 @@ class Bench:
 
     def refine(self) -> list[Row]:
         began, prompts = time.monotonic(), (self.cond, self.empty)
-        made = refine.states(self.teacher, self.path, prompts, refine.Walk(SHAPE, 6, CFG))
-        learn, held = (refine.of_prompts(made, rows) for rows in refine.split(self.cond))
-        tuner = Tuner(self.pipe.unet)
-        with tuner.attached():
-            before = refine.measure(self.model, self.path, prompts, held)
-            loss = refine.objective(self.model, self.path, prompts, learn, (3 * self.args.batch, "cpu"))
-            loop.train(self.plan("refine", self.args.rate), tuner.parameters(), loss, None, self.follow("refine"))
-            after = refine.measure(self.model, self.path, prompts, held)
+        row = recipes.Refine(self.args.updates, 3 * self.args.batch, self.args.rate, stops=6, cfg=CFG)
+        made = refine.states(self.teacher, self.path, prompts, refine.Walk(SHAPE, row.stops, row.cfg))
+        done = refine.run(headless.base_of(self.pipe), prompts, made, row, self.follow("refine"))
         what = f"refine: output error on {len(self.cond) // 4} held-out prompts"
-        return [Row(what, before, after, 0.85, time.monotonic() - began)]
+        return [Row(what, done.before, done.after, 0.85, time.monotonic() - began)]
 
     def loftq(self) -> list[Row]:
         began, done = time.monotonic(), {}

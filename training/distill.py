@@ -148,16 +148,12 @@ def _phases(s: Settings) -> phased.Phases:
     return phased.Phases(s.consistency.skip, s.consistency.omega, count=s.row.steps)
 
 
-def _lcd(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
-    return consistency.lcd(student, task.teacher, batch, drawn, task.path, settings)
+def _taught(distance: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda task, student, *seen, settings: distance(student, task.teacher, *seen, task.path, settings)
 
 
-def _lcf(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
-    return consistency.lcf(student, batch, drawn, task.path, settings)
-
-
-def _in_phases(task: Task, student: consistency.Student, batch, drawn, settings) -> Tensor:
-    return phased.distance(student, task.teacher, batch, drawn, task.path, settings)
+def _alone(distance: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda task, student, *seen, settings: distance(student, *seen, task.path, settings)
 
 
 def _consistent(distance: Callable[..., Tensor], settings_of: Callable) -> Callable:
@@ -292,9 +288,9 @@ class Mode:
 
 _few = by_euler(lambda s: s.row.steps)
 MODES: dict[str, Mode] = {  # of `recipes.WAYS`
-    "lcm": Mode(_consistent(_lcd, lambda s: s.consistency), by_lcm),
-    "lcf": Mode(_consistent(_lcf, fine), by_lcm, pictures=True),
-    "phased": Mode(_consistent(_in_phases, _phases), _few),
+    "lcm": Mode(_consistent(_taught(consistency.lcd), lambda s: s.consistency), by_lcm),
+    "lcf": Mode(_consistent(_alone(consistency.lcf), fine), by_lcm, pictures=True),
+    "phased": Mode(_consistent(_taught(phased.distance), _phases), _few),
     "reflow": Mode(_reflow, _few, pairs=True),
     "one_step": Mode(_one_step, by_euler(lambda s: 1), pairs=True),
     "progressive": Mode(_progressive, _few),
