@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints.save import extended
+from ..checkpoints.save import extended, record
+from ..quant.schemes import SVDQUANT
 from . import paths, recipes
 from .job import Base, Tell, plan_of
 from .loop import Watch, train
@@ -152,6 +153,7 @@ class Refined:
 
     def about(self, old: Mapping[str, str], row: recipes.Refine) -> dict[str, str]:
         """``old``, what the model said of itself, with what was done to it."""
+        old = record(scheme=SVDQUANT.id) | dict(old)
         return extended(old, refined={**asdict(row), "output_error": [self.before, self.after]})
 
 

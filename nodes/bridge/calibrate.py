@@ -27,7 +27,7 @@ from ...quant.calib.presets import preset as preset_row
 from ...reading.names import encodable
 from . import outputs, selfcheck, train_model
 from .build import kept_dtype, make_room, weight_of, with_layers
-from .save import RECORD_OF_MODEL
+from .save import RECORD_OF_FILE, RECORD_OF_MODEL
 
 FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
 
@@ -65,7 +65,7 @@ def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: 
 
     def build(layers: dict[str, Layer], about: dict[str, str], _store):
         out = with_layers(model, layers, subject.dtype)
-        out.attachments[RECORD_OF_MODEL] = about
+        out.attachments[RECORD_OF_MODEL] = (model.get_attachment(RECORD_OF_FILE) or {}) | about
         return out
 
     watch = Watch(Progress(node_id).layer, comfy.model_management.throw_exception_if_processing_interrupted)

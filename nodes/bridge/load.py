@@ -136,6 +136,7 @@ def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
         remedy = "Load it with Load 4-bit Model and load the text encoder and VAE separately"
         raise CheckpointError(checkpoint.name, "it holds a diffusion model only", remedy)
     check_complete(model, checkpoint.name)
+    model.attachments[RECORD_OF_FILE] = kept_info(checkpoint.metadata)
     model.cached_patcher_init = (full_checkpoint, (path, embeddings), 0)
     return claim(model), clip, vae
 

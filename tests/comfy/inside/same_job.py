@@ -13,6 +13,8 @@ from pathlib import Path
 from lora_common import args, mm, ours, torch  # first: it puts ComfyUI on the path
 
 import folder_paths  # isort: skip
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 job, out = args[0], Path(args[1])
 folder_paths.set_output_directory(str(out))
@@ -76,8 +78,11 @@ def distill() -> None:
 
 def refine() -> None:
     bridge, headless, save = ours("nodes.bridge.refine"), ours("headless.base"), ours("nodes.bridge.save")
-    source, load = out / "base.safetensors", ours("nodes.bridge.load")
-    assert cli.main(["quantize", str(shipped.MODEL), "--out", str(source), "--rank", "16"]) == 0
+    load, tools = ours("nodes.bridge.load"), ours("checkpoints.save")
+    plain, source = out / "plain.safetensors", out / "base.safetensors"
+    assert cli.main(["quantize", str(shipped.MODEL), "--out", str(plain), "--rank", "16"]) == 0
+    with safe_open(plain, framework="pt") as f:
+        tools.save(source, load_file(plain), {**f.metadata(), "modelspec.title": "mine"})
     row = bridge.Refine(updates=3, batch=2, stops=2, seed=5)
     inputs = bridge.Inputs(bridge.calibrate.encode(demo.clip(), list(PROMPTS), ""), EMPTY)
     with handed_to(bridge.core, "ask") as asked, handed_to(bridge.core, "run") as calls:
@@ -126,5 +131,6 @@ records = [json.loads(m.pop("nibble", "{}")) for m in (one[0], two[0])]
 print(json.dumps({
     "tensors": len(one[1]), "same places": one[1] == two[1], "same bytes": one[2] == two[2],
     "other metadata": sorted(k for k in one[0].keys() | two[0].keys() if one[0].get(k) != two[0].get(k)),
+    "title": two[0].get("modelspec.title"),
     "other in the record": sorted(k for k in records[0] | records[1] if records[0].get(k) != records[1].get(k)),
 }))  # fmt: skip
