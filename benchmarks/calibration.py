@@ -195,15 +195,14 @@ def domain() -> dict:
 def calibrated(pipe, preset: str, rank: int, domain: str | None, prompts: int = 16, levels: int = 25) -> None:
     """Puts a calibrated 4-bit denoiser into ``pipe``: through a file, as a person would."""
     from comfyui_nibble import demo as shipped
-    from comfyui_nibble.checkpoints.convert import Options
     from comfyui_nibble.checkpoints.source import open_source
     from comfyui_nibble.headless import calibrate, pipeline
 
     texts = calibrate.texts(None, domain, prompts, 0)
     with tempfile.TemporaryDirectory() as folder, open_source(shipped.MODEL) as source:
         path = Path(folder) / "model.safetensors"
-        inputs = calibrate.Inputs(texts, levels)
-        calibrate.run(source, pipe, inputs, presets.preset(preset), Options(rank=rank), path)
+        settings = calibrate.Settings(preset, "svdquant_w4a4", rank, 0, levels, 3.0, 0)
+        calibrate.run(source, calibrate.subject_of(source, pipe, texts, settings), settings, path)
         pipeline.install_file(pipe, path)
 
 

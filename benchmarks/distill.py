@@ -23,12 +23,11 @@ from comfyui_nibble import demo
 from comfyui_nibble.checkpoints.convert import plan_source
 from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.demo import dataset, recognise
+from comfyui_nibble.headless import base as headless
 from comfyui_nibble.headless import pipeline
-from comfyui_nibble.headless import train as headless
 from comfyui_nibble.quant.schemes import KEEP
-from comfyui_nibble.training import adapters, consistency, denoise, distill, loftq, loop, lora, paths, refine, reflow
+from comfyui_nibble.training import consistency, denoise, distill, job, loftq, loop, paths, recipes, refine, reflow
 from comfyui_nibble.training.consistency import Consistency
-from comfyui_nibble.training.tuned import Tuner
 
 CFG, RANK, SHAPE = 3.0, 16, (4, 16, 16)
 
@@ -81,18 +80,19 @@ class Bench:
 
     def distil(self, mode: str, more: Callable | None = None, **settings) -> list[Row]:
         """The mode's own measure before and after; ``more(task, made)`` gives further rows, the LoRA in place."""
-        loras = adapters.Adapters(self.pipe.unet, lora.usual(list(adapters.linears(self.pipe.unet))), RANK)
+        loras = job.adapters_of(headless.base_of(self.pipe), RANK, 0)
         pictures = None
         if mode == "lcf":
             latents = [headless.latent_of(self.pipe, p) for p in self.pictures()]
             pictures = torch.stack(latents)
         task = distill.Task(self.model, self.teacher, loras.parameters(), self.path, self.cond, self.empty, SHAPE,
                             pictures)  # fmt: skip
-        guided = dict(cfg=CFG, pairs=self.args.pairs, teacher_steps=50, consistency=Consistency(omega=(2.0, 2.0)))
-        chosen = distill.Settings(mode, self.plan(mode, RATES.get(mode, 1e-3)), **{**guided, **settings})
+        row = recipes.Distill(mode, **{**dict(cfg=CFG, pairs=self.args.pairs, teacher_steps=50), **settings})
+        plan = self.plan(mode, RATES.get(mode, 1e-3))
+        chosen = distill.Settings(row, plan, consistency=Consistency(omega=(2.0, 2.0)))
         began = time.monotonic()
         with loras.attached():
-            out = distill.run(task, chosen, self.work / mode, self.follow(mode))
+            out = distill.train_task(task, chosen, self.work / mode, self.follow(mode))
             rows = [Row(f"{mode}: {MEASURES[mode]}", out.before, out.after, WANTED[mode], time.monotonic() - began)]
             return rows + (more(loras) if more else [])
 
@@ -147,16 +147,11 @@ class Bench:
 
     def refine(self) -> list[Row]:
         began, prompts = time.monotonic(), (self.cond, self.empty)
-        made = refine.states(self.teacher, self.path, prompts, refine.Walk(SHAPE, 6, CFG))
-        learn, held = (refine.of_prompts(made, rows) for rows in refine.split(self.cond))
-        tuner = Tuner(self.pipe.unet)
-        with tuner.attached():
-            before = refine.measure(self.model, self.path, prompts, held)
-            loss = refine.objective(self.model, self.path, prompts, learn, (3 * self.args.batch, "cpu"))
-            loop.train(self.plan("refine", self.args.rate), tuner.parameters(), loss, None, self.follow("refine"))
-            after = refine.measure(self.model, self.path, prompts, held)
+        row = recipes.Refine(self.args.updates, 3 * self.args.batch, self.args.rate, stops=6, cfg=CFG)
+        made = refine.states(self.teacher, self.path, prompts, refine.Walk(SHAPE, row.stops, row.cfg))
+        done = refine.run(headless.base_of(self.pipe), prompts, made, row, self.follow("refine"))
         what = f"refine: output error on {len(self.cond) // 4} held-out prompts"
-        return [Row(what, before, after, 0.85, time.monotonic() - began)]
+        return [Row(what, done.before, done.after, 0.85, time.monotonic() - began)]
 
     def loftq(self) -> list[Row]:
         began, done = time.monotonic(), {}

@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from comfyui_nibble import demo
 from comfyui_nibble.demo import dataset, evaluate, recognise
-from comfyui_nibble.headless import pipeline, train
+from comfyui_nibble.headless import base, pipeline
 from comfyui_nibble.profiling import work
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.modules import linear_shapes, quantize_module
 from comfyui_nibble.quant.policy import plan
-from comfyui_nibble.training import adapters, data, denoise, eight_bit, lora
+from comfyui_nibble.training import adapters, data, denoise, eight_bit, job, lora
 from comfyui_nibble.training.loop import Plan, Watch
 
 HELD = 40
@@ -51,12 +51,13 @@ class Task:
         self.pipe = pipeline.load_pipeline(demo.MODEL)
         if self.bits == 4:
             pipeline.quantize(self.pipe, 16)
+        self.pipe.unet.requires_grad_(False)
 
     def sample(self, row: int) -> data.Sample:
         picture = torch.from_numpy(self.pictures["twitter"][row]).permute(2, 0, 1).float().div(127.5).sub(1)
-        z = train.latent_of(self.pipe, picture)
+        z = base.latent_of(self.pipe, picture)
         caption = self.emoji[row].captions[0]
-        return data.Sample(z, train.encode(self.pipe, caption, z), train.encode(self.pipe, "", z))
+        return data.Sample(z, base.encode(self.pipe, caption, z), base.encode(self.pipe, "", z))
 
     def samples(self):
         learn, held = self.rows[: self.count], self.rows[self.count : self.count + HELD]
@@ -106,12 +107,19 @@ def quality(task: Task, steps: int, say: Callable[[str], None], out: Path | None
         if done % 100 == 0:
             say(f"step {done} of {total}: {loss:.4f}")
 
-    loras, outcome = train.train(task.pipe, found, recipe, 16, None, Watch(step))
+    model = base.base_of(task.pipe)
+    loras = job.adapters_of(model, 16, 0)
+    with eight_bit.wanted(task.pipe.unet, True):
+        outcome = lora.train_lora(model.denoiser, loras, found, recipe, None, Watch(step))
     if out is not None:
         from comfyui_nibble.checkpoints.save import save
 
-        names = train.native_names(task.pipe.unet)
-        save(out, loras.state_dict(rename=names), lora.metadata(recipe, outcome, task.count, out.stem), overwrite=True)
+        save(
+            out,
+            loras.state_dict(rename=model.names),
+            lora.metadata(recipe, outcome, task.count, out.stem),
+            overwrite=True,
+        )
     result = {"validation": [outcome.before, outcome.after], "seconds": outcome.result.seconds}
     result["same codes"] = codes(task.pipe.unet) == before
     with loras.attached():
@@ -126,7 +134,7 @@ def quality(task: Task, steps: int, say: Callable[[str], None], out: Path | None
 def unet(bits: int) -> tuple:
     """(the demo model's UNet, its `Denoiser`, a condition)."""
     pipe = pipeline.load_pipeline(demo.MODEL)
-    cond = train.encode(pipe, "red apple", torch.zeros(4, 16, 16))
+    cond = base.encode(pipe, "red apple", torch.zeros(4, 16, 16))
     unet = pipe.unet.to(torch.bfloat16).requires_grad_(False)
     if bits == 4:
         pipeline.quantize(pipe, 16)
@@ -167,7 +175,7 @@ def memory(make: Callable, bits: int, checkpointing: bool) -> dict[str, int]:
     with eight_bit.wanted(module, True):
         weights = kernels.held(module)
         with work.LiveBytes() as made:
-            loras = adapters.Adapters(module, lora.usual(list(adapters.linears(module))), 8)
+            loras = adapters.Adapters(module, job.usual(list(adapters.linears(module))), 8)
             lora.train_lora(denoiser, loras, (samples, []), recipe)
     return {"weights": weights, "training": made.peak, "together": weights + made.peak}
 

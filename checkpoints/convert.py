@@ -11,6 +11,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..families.spec import FamilySpec
 from ..quant.calib.engine import Layer
 from ..quant.modules import blank, moved, quantize_weight
 from ..quant.packing import tiles_fit
@@ -22,6 +23,7 @@ from ..writing.tensors import Entry, entries, nbytes
 from . import save
 from .errors import CheckpointError, naming
 from .formats import comfy_quant, core_quant
+from .lazy import DTYPES
 from .marks import SIDES
 from .source import FLOATS, Source
 
@@ -85,16 +87,20 @@ def side_dtype(source: Source) -> tuple[torch.dtype, bool]:
         if dtype in FLOATS and name.startswith(source.prefix):
             count[dtype] += torch.Size(source.shapes[name]).numel()
     most = max(count, key=count.get)
-    if most in ("F16", "BF16"):
-        return {"F16": torch.float16, "BF16": torch.bfloat16}[most], False
-    return getattr(torch, source.family.side_dtype), True
+    dtype = side_of(DTYPES[most], source.family)
+    return dtype, dtype != DTYPES[most]
+
+
+def side_of(dtype: torch.dtype, family: FamilySpec) -> torch.dtype:
+    """The dtype of scales and low-rank factors beside weights of ``dtype``: the same if it has 16 bits."""
+    return dtype if dtype in (torch.float16, torch.bfloat16) else getattr(torch, family.side_dtype)
 
 
 @dataclass(frozen=True)
 class Options:
     """How to write. ``solved``: layers that calibration has done, by name below the source's prefix; the others are
-    quantized data-free. ``kept``: reads one of those that are ``away``. ``calibration``: the record's entry on where
-    ``solved`` came from. ``target``: a format of ComfyUI's own instead of svdquant_w4a4, see `quant.policy.retarget`.
+    quantized data-free. ``kept``: reads one of those that are ``away``. ``about``: what the file says of ``solved``,
+    see `described`. ``target``: a format of ComfyUI's own instead of svdquant_w4a4, see `quant.policy.retarget`.
     """
 
     rank: int = 32
@@ -104,7 +110,7 @@ class Options:
     plans: Mapping[str, LayerPlan] | None = None
     solved: Mapping[str, Layer] = field(default_factory=dict)
     kept: Callable[[str], Layer] | None = None
-    calibration: Mapping | None = None
+    about: Mapping[str, str] | None = None
     target: str = SVDQUANT.id
 
 
@@ -124,7 +130,7 @@ def quantize(
     kind = side_dtype(source)
     announced, plans = _announced(source, plans, kind, options)
     out = Path(out)
-    save.require_readable(out.name, len(announced), _kept_info(source), save.RECORD_ROOM)
+    save.require_readable(out.name, len(announced), save.kept_info(source.metadata), save.RECORD_ROOM)
     check_room(out, nbytes(announced))
     done: list[Converted] = []
     with save.writing(out, announced, _info(source, options, plans)) as file:
@@ -199,19 +205,21 @@ def check_names(source: Source, plans: Mapping[str, LayerPlan]) -> None:
             raise CheckpointError(source.name, what, "Rename that tensor, or take it out", full)
 
 
-def _kept_info(source: Source) -> dict[str, str]:
-    return {k: v for k, v in source.metadata.items() if k.startswith("modelspec.")}
-
-
 def _info(source: Source, options: Options, plans: Mapping[str, LayerPlan]) -> dict[str, str]:
     """``plans``: of every layer that is quantized."""
-    return _kept_info(source) | save.record(
-        scheme=" + ".join(sorted({p.scheme for p in plans.values()})),
-        rank=options.rank,
+    method = {"method": "data_free", "seed": options.seed}
+    about = dict(options.about or described(plans, options.rank, source.family, method))
+    return save.kept_info(source.metadata) | save.extended(about, source_sha256=save.sha256(source.files))
+
+
+def described(plans: Mapping[str, LayerPlan], rank: int, family: FamilySpec, method: Mapping) -> dict[str, str]:
+    """The record of a quantized model. ``plans``: of every layer that is no longer what it was; ``method``: how."""
+    return save.record(
+        scheme=" + ".join(sorted({p.scheme for p in plans.values()} - {KEEP})),
+        rank=rank,
         group_size=SVDQUANT.group_size,
-        family=source.family.id,
-        source_sha256=save.sha256(source.files),
-        calibration=dict(options.calibration or {"method": "data_free", "seed": options.seed}),
+        family=family.id,
+        calibration=dict(method),
         layers=len(plans),
     )
 

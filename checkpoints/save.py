@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..writing import tensors as tensor_files
@@ -119,3 +120,39 @@ def save(
 def record(**values) -> dict[str, str]:
     """The metadata entry that says how a file came to be; ``values`` are JSON-able. Holds no local paths."""
     return {RECORD: json.dumps({"tool": f"ComfyUI-Nibble {version()}", **values}, sort_keys=True)}
+
+
+def kept_info(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What a file that is made of one with ``metadata`` says on."""
+    return {k: v for k, v in metadata.items() if k == RECORD or k.startswith("modelspec.")}
+
+
+def extended(about: Mapping[str, str], **values) -> dict[str, str]:
+    """``about`` with ``values`` added to its record, as this version's."""
+    old = json.loads(about.get(RECORD, "{}"))
+    return {**about, **record(**{k: v for k, v in old.items() if k != "tool"} | values)}
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A short digest of names, shapes and contents. Contents by sums in float64 and a few values: fast, and any
+    retrained or patched weight changes it.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].detach()
+        flat = t.flatten()
+        step = max(1, flat.numel() // 64)
+        few = flat[::step][:64].to("cpu", torch.float64)
+        values = [float(flat.sum(dtype=torch.float64)), float(flat.abs().sum(dtype=torch.float64)), *few.tolist()]
+        digest.update(json.dumps([name, list(t.shape), str(t.dtype), values]).encode())
+    return digest.hexdigest()[:32]
+
+
+def digest(**values) -> str:
+    """A digest of ``values``, which are JSON-able."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def signature(**values) -> str:
+    """A digest of everything that a run depends on, this pack's version with it."""
+    return digest(version=version(), **values)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from .shown import bar, say
 
 
 def add_command(subparsers) -> None:
@@ -21,16 +22,14 @@ def add_command(subparsers) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
-
     from ..checkpoints.repack import Options, repack
 
     options = Options(args.requantize, args.rank, args.seed, args.tile_packed, args.device)
-    with tqdm(desc="layers", file=sys.stderr, leave=False) as bar:
+    with bar(None, "layers") as progress:
 
         def update(done: int, total: int, name: str) -> None:
-            bar.total = total
-            bar.update(done + 1 - bar.n)
+            progress.total = total
+            progress.update(done + 1 - progress.n)
 
         result = repack(args.source, args.out, options, update)
-    sys.stdout.write(f"{result.summary()}\n{result.path}\n")
+    say(result.summary(), result.path)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict, dataclass
+
+from .shown import say
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def add_command(subparsers) -> None:
 def run(args: argparse.Namespace) -> None:
     """``nibble doctor``: see `add_command`."""
     found = diagnose()
-    sys.stdout.write((json.dumps(asdict(found), indent=1) if args.json else found.text()) + "\n")
+    say(json.dumps(asdict(found), indent=1) if args.json else found.text())
 
 
 def diagnose(here=None) -> Diagnosis:

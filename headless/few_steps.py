@@ -16,7 +16,6 @@ from ..sampling import detect, presets, schedules
 from . import pipeline
 
 NONE = "none"
-CHOICES = (detect.AUTO, NONE)  # besides the table's ids
 DEMO = "demo"
 
 

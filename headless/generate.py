@@ -9,7 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-AUTO, NONE = "auto", "none"  # few_steps.CHOICES, said again so that --help need not load torch
+from ..sampling.detect import AUTO
+from ..training.recipes import PRECISIONS
+from .shown import bar
+
 BATCH, MOST_STEPS, MOST_CFG = 4, 1000, 100.0
 
 
@@ -24,7 +27,7 @@ def add_command(subparsers) -> None:
     model.add_argument("--model", type=Path, help="diffusers pipeline folder (default: the shipped demo model)")
     model.add_argument("--quantized", type=Path, help="4-bit file made from that model by nibble quantize")
     model.add_argument(
-        "--precision", choices=["4-bit", "16-bit"], default="4-bit", help="without --quantized: quantize now or not"
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="without --quantized: quantize now or not"
     )
     model.add_argument("--rank", type=int, default=32, help="rank when quantizing now (default 32)")
     model.add_argument(
@@ -92,18 +95,16 @@ def check(args: argparse.Namespace) -> None:
 
 def run_generate(args: argparse.Namespace) -> None:
     """``nibble generate``: prints the path of each picture as it is written."""
-    from tqdm import tqdm
-
     check(args)
-    with tqdm(total=1, desc="loading", file=sys.stderr, leave=False) as bar:
+    with bar(1, "loading") as progress:
         from . import draw
 
         def start(total: int) -> None:
-            bar.set_description("steps")
-            bar.reset(total)
+            progress.set_description("steps")
+            progress.reset(total)
 
         def say(sentence: str) -> None:
-            bar.write(f"nibble: {sentence}", file=sys.stderr)
+            progress.write(f"nibble: {sentence}", file=sys.stderr)
 
-        for path in draw.draw(args, start, bar.update, say):
-            bar.write(str(path), file=sys.stdout)
+        for path in draw.draw(args, start, progress.update, say):
+            progress.write(str(path), file=sys.stdout)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .shown import say
+
 
 def add_command(commands) -> None:
     """Adds the command to argparse's subparsers."""
@@ -34,13 +36,5 @@ def run(args) -> None:
     """Measures, writes three files to ``args.out``, prints the table."""
     from .measure import profile
 
-    result = profile(args, lambda text: print_line(text, sys.stderr))
-    print_line(result.text)
-    for path in result.files:
-        print_line(str(path))
-
-
-def print_line(text: str, to=None) -> None:
-    stream = to or sys.stdout
-    stream.write(text + "\n")
-    stream.flush()
+    result = profile(args, lambda text: say(text, to=sys.stderr))
+    say(result.text, *result.files)

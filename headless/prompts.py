@@ -10,6 +10,7 @@ from ..prompts import batch, check, expand, page, record
 from ..prompts import domain as domains
 from ..prompts.reader import DomainError
 from ..prompts.spec import AUTO, PROSE, TAGS, Domain
+from .shown import say
 
 KEEP = "all shipped ones"
 
@@ -46,10 +47,6 @@ def add_command(subparsers) -> None:
 def load(name: str) -> Domain:
     """A shipped domain, or the one in a YAML file."""
     return domains.load_file(Path(name)) if name.endswith((".yaml", ".yml")) else domains.load(name)
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
 
 
 def run_list(args: argparse.Namespace) -> None:

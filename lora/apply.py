@@ -19,7 +19,7 @@ from .names import MODEL, TEXT, Index, Slot, index, place
 from .read import LoraFile, Update
 from .rows import Region, divide
 from .status import APPLIED, STATUSES, Refused
-from .weights import Weights, stays_low_rank
+from .weights import Weights, grown, stays_low_rank
 
 WORDS = {**STATUSES, "other part": "for another part of the pipeline"}
 
@@ -162,7 +162,7 @@ def _add(layer: nn.Module, piece: Update, strength: float, slot: Slot) -> None:
         down, up = piece.weights.scaled(strength)
         into = Slot(slot.layer, into=slot.into)
         down, up = down.to(weight.device), placed(up.to(weight.device), into, weight.shape[0])
-        layer.weight = nn.Parameter(kernels.extend(weight, down, up), requires_grad=False)
+        layer.weight = nn.Parameter(grown(weight, down, up), requires_grad=False)
         return
     shift = kernels.shift(weight)
     if shift is not None and layer.bias is not None:  # a dense weight wants the true bias

@@ -20,8 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from comfy_kitchen.tensor import QuantizedTensor
+from torch import Tensor, nn
 
+from ..quant import kernels
+
+# The branch grows to a multiple of this: what tensor cores take at once. Kitchen also keeps one workspace per rank.
+RANK_STEP = 16
 CODE_BYTES = 0.53  # of a 4-bit weight: half a byte, and a 16-bit scale for every 64
 
 
@@ -364,3 +369,20 @@ def _halves(w: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     if rows < columns:
         return torch.eye(rows, device=one.device), one
     return one, torch.eye(columns, device=one.device)
+
+
+def padded_rank(rank: int) -> int:
+    return -(-rank // RANK_STEP) * RANK_STEP
+
+
+def padded(weight: QuantizedTensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """``down`` and ``up`` with zeros that make the branch of ``weight`` a multiple of `RANK_STEP` with them."""
+    here = getattr(weight._params, "proj_down", None)
+    rank = (0 if here is None else here.shape[1]) + down.shape[1]
+    pad = (0, padded_rank(rank) - rank)
+    return (nn.functional.pad(down, pad), nn.functional.pad(up, pad)) if pad[1] else (down, up)
+
+
+def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
+    """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
+    return kernels.extend(weight, *padded(weight, down, up))

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..prompts import calibration
 from ..quant.calib import presets
-from ..quant.policy import TARGETS
+from ..quant.schemes import TARGETS
 from . import files
 from .bridge import calibrate as bridge
 from .bridge import outputs

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..training.distill import MODES
-from ..training.loftq import ITERATIONS
+from ..training.recipes import DISTILL, LOFTQ, REFINE, WAYS, Distill, LoftQ, Refine
 from .bridge import distill, outputs, refine
 from .calibrate import as_image
 
@@ -43,11 +42,14 @@ class NibbleLoftQ(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model in 16 bits (or fp8). LoRAs applied to it are baked in. It "
                                "is not changed."),
-                io.Int.Input("rank", default=16, min=1, max=256, tooltip="Rank of the LoRA. Higher is closer and "
+                io.Int.Input("rank", default=LOFTQ.rank, min=1, max=256,
+                             tooltip="Rank of the LoRA. Higher is closer and "
                              "bigger."),
-                io.Int.Input("base_rank", default=16, min=0, max=256, step=16, tooltip="Rank of the 16-bit branch that "
+                io.Int.Input("base_rank", default=LOFTQ.base_rank, min=0, max=256, step=16,
+                             tooltip="Rank of the 16-bit branch that "
                              "the 4-bit model has by itself."),
-                io.Int.Input("rounds", default=ITERATIONS, min=1, max=50, tooltip="Rounds of quantizing what the LoRA "
+                io.Int.Input("rounds", default=LOFTQ.rounds, min=1, max=50,
+                             tooltip="Rounds of quantizing what the LoRA "
                              "leaves and fitting the LoRA to what quantizing missed. The error never rises; 5 are "
                              "enough."),
                 io.String.Input("name", default="loras/loftq", tooltip="LoRA file under output/, numbered. Keep it in "
@@ -68,7 +70,7 @@ class NibbleLoftQ(io.ComfyNode):
     @classmethod
     def execute(cls, model, rank, base_rank, rounds, name) -> io.NodeOutput:
         out = outputs.new(name)
-        found = refine.loftq(model, refine.Start(rank, base_rank, rounds), out, cls.hidden.unique_id)
+        found = refine.loftq(model, LoftQ(rank, base_rank, rounds), out, cls.hidden.unique_id)
         base, both, report = found
         return io.NodeOutput(base, both, outputs.name_of(out), report)
 
@@ -94,29 +96,37 @@ class NibbleDistill(io.ComfyNode):
                                "Nothing connected: the model itself, which takes no memory of its own."),
                 io.Latent.Input("latent", tooltip="Empty Latent Image: the size, and the teacher draws what is learned "
                                 "from. VAE Encode: your own pictures (needed for lcf)."),
-                io.Combo.Input("way", options=list(MODES), default="lcm", tooltip=" ".join(
-                    f"{name}: {mode.summary}." for name, mode in MODES.items())),
-                io.Int.Input("updates", default=300, min=1, max=1_000_000, tooltip="Updates of the LoRA. A few hundred "
+                io.Combo.Input("way", options=list(WAYS), default=DISTILL.way, tooltip=" ".join(
+                    f"{way}: {summary}." for way, summary in WAYS.items())),
+                io.Int.Input("updates", default=DISTILL.updates, min=1, max=1_000_000,
+                             tooltip="Updates of the LoRA. A few hundred "
                              "show an effect, thousands are usual for big models."),
-                io.Int.Input("batch", default=4, min=1, max=256, tooltip="Pictures looked at in one update."),
-                io.Int.Input("rank", default=16, min=1, max=256, tooltip="Rank of the LoRA; 64 is usual for LCM on big "
+                io.Int.Input("batch", default=DISTILL.batch, min=1, max=256,
+                             tooltip="Pictures looked at in one update."),
+                io.Int.Input("rank", default=DISTILL.rank, min=1, max=256,
+                             tooltip="Rank of the LoRA; 64 is usual for LCM on big "
                              "models."),
-                io.Float.Input("learning_rate", default=1e-4, min=1e-7, max=1.0, step=1e-6, round=False,
+                io.Float.Input("learning_rate", default=DISTILL.rate, min=1e-7, max=1.0, step=1e-6, round=False,
                                tooltip="1e-4 suits most models; the demo model wants 1e-3, and 3e-3 for lcf."),
-                io.Float.Input("cfg", default=3.0, min=1.0, max=30.0, step=0.1, tooltip="Guidance of the teacher, as "
+                io.Float.Input("cfg", default=DISTILL.cfg, min=1.0, max=30.0, step=0.1,
+                               tooltip="Guidance of the teacher, as "
                                "you sample it. The result is sampled at cfg 1: guidance is built in."),
-                io.Int.Input("steps", default=4, min=1, max=64, tooltip="Steps that are aimed at: the phases of "
+                io.Int.Input("steps", default=DISTILL.steps, min=1, max=64,
+                             tooltip="Steps that are aimed at: the phases of "
                              "phased, what progressive halves down to, and what the report measures."),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+                io.Int.Input("seed", default=DISTILL.seed, min=0, max=2**32 - 1, control_after_generate=False,
                              tooltip="Noise, order and first values. Same seed, same LoRA."),
                 io.String.Input("name", default="loras/few-steps", tooltip="File under output/, numbered. Keep it in "
                                 "loras/, where the LoRA loaders look."),
-                io.Int.Input("start", default=16, min=2, max=1024, advanced=True, tooltip="progressive only: steps of "
+                io.Int.Input("start", default=DISTILL.start, min=2, max=1024, advanced=True,
+                             tooltip="progressive only: steps of "
                              "the first teacher. Halving must lead to steps: 16, 8, 4."),
-                io.Int.Input("pairs", default=64, min=1, max=1_000_000, advanced=True, tooltip="How many pictures the "
+                io.Int.Input("pairs", default=DISTILL.pairs, min=1, max=1_000_000, advanced=True,
+                             tooltip="How many pictures the "
                              "teacher draws to learn from. With your own pictures lcm, phased and progressive "
                              "have it draw four, to measure on; lcf none."),
-                io.Int.Input("teacher_steps", default=25, min=1, max=1000, advanced=True, tooltip="Steps of each of "
+                io.Int.Input("teacher_steps", default=DISTILL.teacher_steps, min=1, max=1000, advanced=True,
+                             tooltip="Steps of each of "
                              "those."),
                 *_conditions(),
             ],
@@ -134,12 +144,10 @@ class NibbleDistill(io.ComfyNode):
     def execute(cls, model, latent, way, updates, batch, rank, learning_rate, cfg, steps, seed, name, start, pairs,
                 teacher_steps, teacher=None, clip=None, prompts="", negative="", positive=None,
                 negative_cond=None) -> io.NodeOutput:  # fmt: skip
-        settings = distill.Settings(
-            way, updates, batch, rank, learning_rate, cfg, steps, start, pairs, teacher_steps, seed
-        )
-        given = distill.prompts(clip, prompts, negative, positive, negative_cond)
-        inputs, out = distill.Inputs(given, latent["samples"]), outputs.new(name)
-        trained, report, chart = distill.distill((model, teacher), inputs, settings, out, cls.hidden.unique_id)
+        row = Distill(way, updates, batch, rank, learning_rate, cfg, steps, start, pairs, teacher_steps, seed)
+        inputs = distill.given(latent["samples"], clip, prompts, negative, positive, negative_cond)
+        out = outputs.new(name)
+        trained, report, chart = distill.distill((model, teacher), inputs, row, out, cls.hidden.unique_id)
         return io.NodeOutput(trained, outputs.name_of(out), report, as_image(chart))
 
 
@@ -163,17 +171,20 @@ class NibbleRefine(io.ComfyNode):
                                "afterwards: the two are never needed on the GPU at once."),
                 io.Latent.Input("latent", tooltip="Gives the size to sample at: an Empty Latent Image of your usual "
                                 "size."),
-                io.Int.Input("updates", default=200, min=1, max=100_000, tooltip="Updates; a few hundred are "
+                io.Int.Input("updates", default=REFINE.updates, min=1, max=100_000,
+                             tooltip="Updates; a few hundred are "
                              "enough, more where the prompts are many."),
-                io.Int.Input("batch", default=4, min=1, max=256, tooltip="States looked at in one update."),
-                io.Float.Input("learning_rate", default=5e-4, min=1e-7, max=1.0, step=1e-5, round=False,
+                io.Int.Input("batch", default=REFINE.batch, min=1, max=256, tooltip="States looked at in one update."),
+                io.Float.Input("learning_rate", default=REFINE.rate, min=1e-7, max=1.0, step=1e-5, round=False,
                                tooltip="As a share of each value's usual size. 1e-3 is faster, more makes the "
                                "error rise."),
-                io.Int.Input("stops", default=10, min=1, max=100, tooltip="Noise levels of each prompt that the two "
+                io.Int.Input("stops", default=REFINE.stops, min=1, max=100,
+                             tooltip="Noise levels of each prompt that the two "
                              "are compared at."),
-                io.Float.Input("cfg", default=3.0, min=1.0, max=30.0, step=0.1, tooltip="As you sample the model: 1 "
+                io.Float.Input("cfg", default=REFINE.cfg, min=1.0, max=30.0, step=0.1,
+                               tooltip="As you sample the model: 1 "
                                "for distilled ones."),
-                io.Int.Input("seed", default=0, min=0, max=2**32 - 1, control_after_generate=False,
+                io.Int.Input("seed", default=REFINE.seed, min=0, max=2**32 - 1, control_after_generate=False,
                              tooltip="Noise and order. Same seed, same file."),
                 *_conditions(),
             ],
@@ -190,10 +201,9 @@ class NibbleRefine(io.ComfyNode):
     @classmethod
     def execute(cls, model, teacher, latent, updates, batch, learning_rate, stops, cfg, seed, clip=None, prompts="",
                 negative="", positive=None, negative_cond=None) -> io.NodeOutput:  # fmt: skip
-        settings = refine.Settings(updates, batch, learning_rate, stops, cfg, seed)
-        given = distill.prompts(clip, prompts, negative, positive, negative_cond)
-        inputs = distill.Inputs(given, latent["samples"])
-        refined, report, chart = refine.refine((model, teacher), inputs, settings, cls.hidden.unique_id)
+        row = Refine(updates, batch, learning_rate, stops, cfg, seed)
+        inputs = distill.given(latent["samples"], clip, prompts, negative, positive, negative_cond)
+        refined, report, chart = refine.refine((model, teacher), inputs, row, cls.hidden.unique_id)
         return io.NodeOutput(refined, report, as_image(chart))
 
 

@@ -6,10 +6,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..checkpoints.inspect import inspect
+from ..training.recipes import PRECISIONS
 from . import files
 from .bridge import demo, load, outputs, save
-
-DEMO_PRECISIONS = ["4-bit", "16-bit"]
 
 
 class NibbleLoadModel(io.ComfyNode):
@@ -110,8 +109,8 @@ class NibbleLoadDemo(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "precision",
-                    options=DEMO_PRECISIONS,
-                    default=DEMO_PRECISIONS[0],
+                    options=list(PRECISIONS),
+                    default=PRECISIONS[0],
                     tooltip="4-bit: quantized while loading. 16-bit: as it was trained, to compare with.",
                 ),
                 io.Int.Input(

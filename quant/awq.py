@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .checks import require_finite, require_range, require_shapes
-from .packing import GROUP, Packed, pack, unpack_unsigned
+from .packing import Packed, pack, unpack_unsigned
+from .schemes import GROUP
 
 ROUNDS = 4  # of rounding and refitting; the error has settled by then
 

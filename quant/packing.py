@@ -28,7 +28,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-TILE_N, GROUP, QUAD = 128, 64, 4
+from .schemes import GROUP
+
+TILE_N, QUAD = 128, 4
 
 
 class Packed:

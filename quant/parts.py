@@ -21,7 +21,7 @@ from . import awq, core_low_rank, nvfp4_lowrank, svdquant, weight_only
 from .awq import AWQWeight
 from .core_low_rank import CoreLowRankWeight
 from .nvfp4_lowrank import NVFP4LowRankWeight
-from .packing import GROUP
+from .schemes import GROUP
 from .svdquant import SVDQuantWeight
 from .weight_only import WeightOnly
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import core_formats
-from .schemes import KEEP, SVDQUANT, scheme
+from .schemes import KEEP, SVDQUANT, TARGETS, scheme
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ def _gated(rule, name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return before is not None and before[0] != shapes[name][1]
 
 
-TARGETS = (SVDQUANT.id, *core_formats.FORMATS)
 WHOLE_COLUMNS = "int8_tensorwise"  # a byte a weight
 
 

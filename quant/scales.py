@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .packing import GROUP
+from .schemes import GROUP
 
 CHUNK = 2**24  # elements searched at once: bounds the peak memory to a few hundred MB
 # (divisor, share of amax): code -8 reaches the extreme, or code +7 does.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .packing import GROUP
-
+GROUP = 64  # columns of a weight that share a scale
 KEEP = "keep"  # not a scheme: the layer stays in 16 bits
 ROWS = 8  # kernels read scales and write outputs 16 bytes at a time
 
@@ -47,6 +46,8 @@ AWQ = QuantScheme(
 )  # fmt: skip
 
 SCHEMES: dict[str, QuantScheme] = {s.id: s for s in (SVDQUANT, AWQ)}
+# What a model can be quantized to; after the first, the formats of ComfyUI's own: `core_formats.FORMATS`.
+TARGETS = (SVDQUANT.id, "nvfp4", "convrot_w4a4", "asym_w4a8_int8", "int8_tensorwise")
 
 
 def scheme(id: str) -> QuantScheme:

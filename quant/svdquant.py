@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import scales
 from .checks import require_shapes
-from .packing import GROUP, Packed, unpack_signed
+from .packing import Packed, unpack_signed
+from .schemes import GROUP
 
 SHIFT = 0.171875  # 11/64, just over the minimum of GELU
 

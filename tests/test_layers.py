@@ -19,6 +19,7 @@ CORE = {
     "prompts",
     "profiling",
     "metrics",
+    "calibration",
     "checkpoints",
     "families",
     "quant",
@@ -30,8 +31,9 @@ ALLOWED = {
     "": {"nodes"},
     "nodes": CORE,
     "headless": CORE,
-    "training": {"lora", "sampling", "quant", "reading", "writing"},
+    "training": {"checkpoints.save", "lora", "sampling", "quant", "reading", "writing"},  # what is trained is a file
     "lora": {"families", "checkpoints.header", "quant", "reading"},  # a LoRA is a file, too
+    "calibration": {"checkpoints", "families", "quant", "writing"},
     "checkpoints": {"families", "quant", "writing"},
     "demo": {"metrics", "training", "image_prompt", "reading", "writing"},
     "slim": {"quant", "reading"},  # of quant its truncated singular value decomposition

@@ -13,8 +13,8 @@ from project_files import project_files
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMFYUI = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "server", "nodes")
-CORE = ("checkpoints.convert", "checkpoints.inspect", "demo.recognise", "headless.cli", "headless.demo", "lora.apply",
-        "metrics.images", "profiling.chart", "prompts.expand", "quant.modules")  # fmt: skip
+CORE = ("checkpoints.convert", "checkpoints.inspect", "demo.recognise", "headless.cli", "headless.showcase",
+        "lora.apply", "metrics.images", "profiling.chart", "prompts.expand", "quant.modules")  # fmt: skip
 
 
 def python(code: str, cwd: Path) -> dict:

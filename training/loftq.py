@@ -26,8 +26,7 @@ from ..quant.packing import pack
 from ..quant.policy import LayerPlan
 from ..quant.schemes import AWQ, SVDQUANT
 from ..quant.svdquant import SVDQuantWeight
-
-ITERATIONS = 5  # the paper's T
+from .recipes import LOFTQ
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def solve(
     plan: LayerPlan,
     rank: int,
     dtype: torch.dtype,
-    iterations: int = ITERATIONS,
+    iterations: int = LOFTQ.rounds,
     check: Callable[[], None] = lambda: None,
 ) -> Initialised:
     """LoftQ of one (N, K) ``weight`` in ``plan``'s scheme, with a LoRA of ``rank``; scales and factors in ``dtype``.

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from ..writing.whole import WriteError
 from . import optimizers
+from .recipes import CONSTANT, COSINE, OPTIMIZERS, SCHEDULES
 from .state import State
 
 log = logging.getLogger(__name__)
-COSINE, CONSTANT = "cosine", "constant"
-SCHEDULES = (COSINE, CONSTANT)
 SAVE_SECONDS, SAVE_SHARE, SAVE_COST = 60.0, 0.05, 0.02  # between two states, of the updates, of the run's time
 SAVE_SPEED = 3e8  # bytes a second
 
@@ -55,8 +54,8 @@ class Plan:
             raise ValueError("Steps, batch and accumulate must be 1 or more, and the learning rate above 0")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Schedule {self.schedule!r} is none of {', '.join(SCHEDULES)}")
-        if self.optimizer not in optimizers.OPTIMIZERS:
-            raise ValueError(f"Optimizer {self.optimizer!r} is none of {', '.join(optimizers.OPTIMIZERS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"Optimizer {self.optimizer!r} is none of {', '.join(OPTIMIZERS)}")
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,11 @@ class Result:
     seconds: float
     notes: tuple[str, ...] = ()
     kept: bool = False
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """Gradients of a model that computes in float16 vanish unless the loss is scaled up."""
+    return 1024.0 if dtype == torch.float16 else 1.0
 
 
 def learning_rate(plan: Plan, step: int) -> float:

@@ -15,14 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import Adapters, linears
+from ..checkpoints.save import signature
+from . import recipes
+from .adapters import Adapters
 from .checkpointing import checkpointed
-from .data import Batches, Sample
+from .data import Batches, Example, Sample, split
 from .denoise import Denoiser
+from .job import STATES, Base, Made, Place, adapters_of, file_bytes, finished, plan_of
 from .loop import Plan, Result, Watch, train
 
-# The linears of attention and feed-forward, in ComfyUI's and in diffusers' names; a model without any trains them all.
-USUAL = ("attn", "attention", "ff.", "ffn", "feed_forward", "mlp", "linear1", "linear2")
 LEVELS = 4
 
 
@@ -48,19 +49,6 @@ class Outcome:
     @property
     def change(self) -> float:
         return self.after / self.before - 1
-
-
-def usual(names: Sequence[str]) -> list[str]:
-    """The layers of ``names`` that a LoRA is usually made of: attention and feed-forward."""
-    chosen = [n for n in names if any(part in n for part in USUAL)]
-    return chosen or list(names)
-
-
-def file_bytes(module: torch.nn.Module, rank: int) -> int:
-    """Bytes of the LoRA that is trained on ``module``'s usual layers, in float32."""
-    found = linears(module)
-    shapes = [found[n].weight.shape for n in usual(list(found))]
-    return sum(4 * (rank * (n + k) if rank else n * k) for n, k in shapes)
 
 
 def objective(denoiser: Denoiser, samples: Sequence[Sample], recipe: Recipe):
@@ -112,6 +100,32 @@ def train_lora(
             result = train(recipe.plan, adapters.parameters(), objective(denoiser, learn, recipe), work, watch)
         after = validate(denoiser, measured)
     return Outcome(result, before, after)
+
+
+def signature_of(base: Base, pictures: Sequence[Example], row: recipes.Lora) -> str:
+    """Of this very run: same model, pictures, captions and settings."""
+    listed = [[e.path.name, e.path.stat().st_size, e.path.stat().st_mtime_ns, e.caption] for e in pictures]
+    return signature(base=base.digest, pictures=listed, settings=asdict(row))
+
+
+def run(
+    base: Base, samples: Sequence[Sample], pictures: Sequence[Example], row: recipes.Lora, place: Place, watch: Watch
+) -> Made:
+    """The LoRA that ``row`` asks for on ``samples``, which are ``pictures`` as the model sees them, as a file."""
+    recipe = Recipe(plan_of("lora", row, base.dtype), row.dropout, row.checkpointing)
+    learn, held = ([samples[i] for i in part] for part in split(len(samples), row.hold_out, row.seed))
+
+    def work(folder: Path | None) -> Made:
+        adapters = adapters_of(base, row.rank, row.seed)
+        outcome = train_lora(base.denoiser, adapters, (learn, held), recipe, folder, watch)
+        info = metadata(recipe, outcome, len(samples), place.title)
+        text = report(recipe, outcome, (len(learn), len(held)), len(adapters.factors))
+        done = outcome.result
+        return Made(adapters.state_dict(rename=base.names), info, text, done.losses, done.kept, done.notes)
+
+    what = f"Train LoRA, {len(samples)} pictures, {row.updates} steps"
+    need = STATES * file_bytes(base.module, row.rank)
+    return finished(place, signature_of(base, pictures, row), what, need, work)
 
 
 def metadata(recipe: Recipe, outcome: Outcome, pictures: int, title: str) -> dict[str, str]:

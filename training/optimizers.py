@@ -50,7 +50,7 @@ def _projected(p: Tensor, rank: int) -> bool:
     return p.dim() == 2 and rank < min(p.shape)
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # of `recipes.OPTIMIZERS`
     "adamw": _adamw,
     "adafactor": _adafactor,
     "galore": _galore,
@@ -59,7 +59,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def make(plan, params: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of ``plan`` over ``params``."""
-    return OPTIMIZERS[plan.optimizer](list(params), plan.lr, plan.weight_decay)
+    return MAKERS[plan.optimizer](list(params), plan.lr, plan.weight_decay)
 
 
 def state_of(optimizer: torch.optim.Optimizer, p: Tensor) -> dict[str, Tensor]:

@@ -9,13 +9,19 @@ kept, so the two models are never needed at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.save import extended, record
+from ..quant.schemes import SVDQUANT
+from . import paths, recipes
+from .job import Base, Tell, plan_of
+from .loop import Watch, train
 from .paths import Cond, Model, Path, even, pick
+from .tuned import Tuner
 
 TOGETHER = 8  # prompts whose trajectories are walked side by side
 
@@ -131,3 +137,50 @@ def split(prompts: Sequence) -> tuple[list[int], list[int]]:
     """(prompts to learn on, prompts held out): every fourth is held out, none of fewer than four."""
     held = list(range(3, len(prompts), 4))
     return [i for i in range(len(prompts)) if i not in held], held
+
+
+@dataclass(frozen=True)
+class Refined:
+    """``weights``: by native layer, plain. ``before``, ``after``: error of the output on prompts held out, or on those
+    trained on where there are fewer than four.
+    """
+
+    weights: dict
+    before: float
+    after: float
+    losses: tuple[float, ...]
+    text: str
+
+    def about(self, old: Mapping[str, str], row: recipes.Refine) -> dict[str, str]:
+        """``old``, what the model said of itself, with what was done to it."""
+        old = record(scheme=SVDQUANT.id) | dict(old)
+        return extended(old, refined={**asdict(row), "output_error": [self.before, self.after]})
+
+
+def ask(
+    teacher: Base, prompts: tuple[Cond, object | None], shape: tuple[int, ...], row: recipes.Refine, tell: Tell
+) -> States:
+    """Where ``teacher`` goes on each prompt. It is not needed afterwards."""
+    model, path = paths.view(teacher.denoiser)
+    walk = Walk(shape, row.stops, row.cfg, row.seed)
+    return states(model, path, prompts, walk, teacher.device, lambda d, n: tell("states of the teacher", d, n))
+
+
+def run(base: Base, prompts: tuple[Cond, object | None], made: States, row: recipes.Refine, watch: Watch) -> Refined:
+    """The 4-bit ``base`` tuned towards what its teacher answered at ``made``; its module stays as it is."""
+    (model, path), device = paths.view(base.denoiser), base.device
+    learn, held = (of_prompts(made, rows) for rows in split(prompts[0]))
+    tuner, check = Tuner(base.module), held if len(held) else learn
+    with tuner.attached(watch.check):
+        before = measure(model, path, prompts, check, device)
+        loss = objective(model, path, prompts, learn, (row.batch, device))
+        result = train(plan_of("refine", row, base.dtype), tuner.parameters(), loss, None, watch)
+        after = measure(model, path, prompts, check, device)
+    where = "prompts held out" if len(held) else "the prompts trained on (fewer than four)"
+    text = "\n".join([
+        f"| layers tuned | {len(tuner.layers)}: scales, zeros and low-rank factors; codes as they were |",
+        "|---|---|",
+        f"| output error, {where} | {before:.6f} -> {after:.6f} ({after / before - 1:+.1%}) |",
+        f"| updates | {len(result.losses)} in {result.seconds:.0f} s |",
+    ])  # fmt: skip
+    return Refined({base.names(n): w for n, w in tuner.weights().items()}, before, after, result.losses, text)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..quant import kernels, svdquant
 from ..quant.awq import AWQWeight
 from ..quant.packing import unpack_signed, unpack_unsigned
-from ..quant.svdquant import GROUP, SVDQuantWeight
+from ..quant.schemes import GROUP
+from ..quant.svdquant import SVDQuantWeight
 from .adapters import Frozen, blocks, forwards, linears
 
 

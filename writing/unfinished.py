@@ -57,16 +57,6 @@ class Kept:
             with contextlib.suppress(OSError):  # others are kept there
                 self.folder.parent.rmdir()
 
-    @contextmanager
-    def writing(self, ended: bool) -> Iterator[None]:
-        """A result that cannot be written in the block is not lost, and that is said, where all of the run is kept."""
-        try:
-            yield
-        except WriteError as e:
-            if not ended:
-                raise
-            raise e.saying(ENDED) from e
-
     def _release(self) -> None:
         if self._lock is not None:
             self._lock.close()

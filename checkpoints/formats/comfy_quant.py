@@ -39,8 +39,8 @@ from ...quant import nvfp4_lowrank, packing
 from ...quant.awq import AWQWeight
 from ...quant.core_low_rank import CoreLowRankWeight
 from ...quant.nvfp4_lowrank import NVFP4LowRankWeight
-from ...quant.packing import GROUP
 from ...quant.parts import ROWS, Parts, Plain
+from ...quant.schemes import GROUP
 from ...quant.svdquant import SVDQuantWeight
 from ...quant.weight_only import BNB, WeightOnly
 from ..errors import CheckpointError, naming

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...quant.core_low_rank import CoreLowRankWeight, beside, has_kernel
 from ...quant.kernels import tensors
-from ...quant.packing import GROUP
+from ...quant.schemes import GROUP
 from .stored import encode_config
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -92,11 +92,12 @@ def dense_state(model, without: set[str]) -> dict[str, torch.Tensor]:
         if merged is None or not merged.is_floating_point():
             out[name] = value.detach() if isinstance(value, torch.Tensor) else value  # opaque: passed on as it is
         else:
-            out[name] = merged.to(_kept_dtype(value))
+            out[name] = merged.to(kept_dtype(value))
     return out
 
 
-def _kept_dtype(value: torch.Tensor) -> torch.dtype:
+def kept_dtype(value: torch.Tensor) -> torch.dtype:
+    """What a float weight ``value`` is kept in."""
     return value.dtype if value.is_floating_point() and value.dtype.itemsize > 1 else torch.bfloat16
 
 

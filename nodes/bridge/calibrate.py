@@ -15,39 +15,28 @@ from comfy_kitchen.tensor import QuantizedTensor
 from server import PromptServer
 
 from ... import families
-from ...checkpoints import resume
-from ...checkpoints.lazy import Asked
-from ...checkpoints.save import record
+from ...calibration import report
+from ...calibration import run as runs
+from ...calibration.run import Settings, Subject
+from ...checkpoints.convert import side_of
+from ...checkpoints.save import fingerprint
 from ...quant import kernels
-from ...quant.calib import allocate, engine, report
-from ...quant.calib.engine import Job, Layer, Watch
+from ...quant.calib import engine
+from ...quant.calib.engine import Layer, Watch
 from ...quant.calib.presets import preset as preset_row
-from ...quant.policy import LayerPlan, plan, retarget
-from ...quant.schemes import KEEP
 from ...reading.names import encodable
-from ...writing import unfinished
 from . import outputs, selfcheck, train_model
-from .build import make_room, weight_of, with_layers
+from .build import kept_dtype, make_room, weight_of, with_layers
+from .save import RECORD_OF_FILE, RECORD_OF_MODEL
 
 FLOW = (comfy.model_base.ModelType.FLOW, comfy.model_base.ModelType.FLUX)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What the node was set to. ``budget``: bytes of the whole diffusion model, 0 for none."""
-
-    preset: str
-    target: str
-    rank: int
-    budget: int
-    levels: int
-    cfg: float
-    seed: int
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What is sampled: (positive, negative) conditionings, one pair a prompt, from ``latent`` (its size counts)."""
+    """What is sampled: (positive, negative) conditionings, one pair a prompt, from ``latent``: its
+    size counts, and where one distils the pictures in it.
+    """
 
     pairs: tuple
     latent: torch.Tensor
@@ -71,56 +60,65 @@ def calibrate(model, inputs: Inputs, settings: Settings, folder: Path, node_id: 
     Raises ValueError in one sentence for a model that is 4-bit already, compiled, or has nothing to quantize.
     """
     selfcheck.require()
-    module = model.model.diffusion_model
-    _refuse(model, module)
-    plans, family = plans_of(model, settings)
-    dtype = _side_dtype(model)
-    row = preset_row(settings.preset)
-    if row.needs_data and not inputs.pairs:
-        raise ValueError(f"Preset {row.id} needs prompts to sample: connect CLIP and write some, or connect positive")
-    shapes, device = _shapes(module), comfy.model_management.get_torch_device()
+    _refuse(model, model.model.diffusion_model)
+    subject = subject_of(model, inputs, settings, node_id)
+
+    def build(layers: dict[str, Layer], about: dict[str, str], _store):
+        out = with_layers(model, layers, subject.dtype)
+        out.attachments[RECORD_OF_MODEL] = (model.get_attachment(RECORD_OF_FILE) or {}) | about
+        return out
+
+    watch = Watch(Progress(node_id).layer, comfy.model_management.throw_exception_if_processing_interrupted)
+    done = runs.calibrate(subject, settings, folder, build, watch)
+    tell(node_id, report.summary(done.layers, settings.preset))
+    said = outputs.with_notes(report.table(done.layers, settings.preset), done.notes)
+    chart = report.chart(done.layers, f"{subject.family.title}: relative output error by layer")
+    return done.made, done.layers, said, chart
+
+
+def subject_of(model, inputs: Inputs, settings: Settings, node_id: str | None = None) -> Subject:
+    """``model`` as a calibration sees it: patches merged, its own samples."""
+    module, device = model.model.diffusion_model, comfy.model_management.get_torch_device()
+    shapes, state, family, row = shapes_of(module), _state(module), family_of(module), preset_row(settings.preset)
 
     def weight(name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
         make_room(engine.working_bytes(*shapes[name], row), device)
         return weight_of(model, f"{name}.weight"), weight_of(model, f"{name}.bias")
 
-    job = Job(
-        plans={n: p for n, p in plans.items() if p.scheme != KEEP},
-        preset=row,
-        dtype=dtype,
-        run=lambda: _sample(model, inputs, settings, node_id),
+    return Subject(
+        family=family,
+        module=module,
+        shapes=shapes,
+        nbytes={n: v.numel() * _itemsize(v) for n, v in state.items()},
+        dtype=side_of(module.dtype, family),
         weight=weight,
+        sample=lambda: _sample(model, inputs, settings, node_id),
+        prompts=len(inputs.pairs),
+        drawn=[fingerprint(of_conditions(inputs.pairs)), list(inputs.latent.shape)],
         device=str(device),
-        seed=settings.seed,
-        fit=settings.budget - _other_bytes(model, plans) if settings.budget else None,
     )
-    progress = Progress(node_id, len(job.plans))
-    signature, what = _signature(model, inputs, settings, plans), f"Calibrate to 4-bit, {family}"
-    with unfinished.run(folder, signature, what, engine.solved_bytes(shapes, job.plans)) as kept:
-        store = None if kept.folder is None else resume.Folder(kept.folder)
-        watch = Watch(progress.layer, comfy.model_management.throw_exception_if_processing_interrupted, store)
-        layers = engine.calibrate(module, job, watch)
-        out = with_layers(model, layers, dtype)
-        out.attachments["nibble_record"] = _record(settings, inputs, layers, family)
-        kept.finish()
-    tell(node_id, report.summary(layers, row.id))
-    said = outputs.with_notes(report.table(layers, row.id), [*(store.notes() if store else ()), *kept.notes])
-    return out, layers, said, report.chart(layers, f"{family}: relative output error by layer")
 
 
-def plans_of(model, settings: Settings) -> tuple[dict[str, LayerPlan], str]:
-    """(plan of every linear by its native name, family title)."""
-    module = model.model.diffusion_model
-    shapes = _shapes(module)
-    names = {k: tuple(v.shape) for k, v in _state(module).items()} | {f"{n}.weight": s for n, s in shapes.items()}
-    family, _ = families.detect(names)
-    plans = retarget(plan(shapes, family.rules, settings.rank), shapes, settings.target)
-    if all(p.scheme == KEEP for p in plans.values()):
-        raise ValueError("Nothing in this model can be quantized: no linear layer has a width that is a multiple of 64")
-    return plans, family.title
+def _itemsize(value: torch.Tensor) -> int:
+    return (kept_dtype(value) if value.is_floating_point() else value.dtype).itemsize
 
 
-def _shapes(module) -> dict[str, tuple[int, int]]:
+def of_conditions(pairs: tuple) -> dict[str, torch.Tensor]:
+    """The encoded texts of (positive, negative) pairs, each under a name of its own."""
+    return {
+        f"{i}.{side}.{j}": entry[0]
+        for i, pair in enumerate(pairs)
+        for side, cond in zip(("positive", "negative"), pair, strict=True)
+        for j, entry in enumerate(cond)
+    }
+
+
+def family_of(module) -> families.FamilySpec:
+    names = {k: tuple(v.shape) for k, v in _state(module).items()}
+    return families.detect(names | {f"{n}.weight": s for n, s in shapes_of(module).items()})[0]
+
+
+def shapes_of(module) -> dict[str, tuple[int, int]]:
     return {n: (m.out_features, m.in_features) for n, m in module.named_modules() if hasattr(m, "in_features")}
 
 
@@ -148,22 +146,6 @@ def _refuse(model, module) -> None:
         raise ValueError("This model is compiled, and calibration must see its layers. Put TorchCompileModel after it")
 
 
-def _side_dtype(model) -> torch.dtype:
-    """16-bit as the model is; the family of number formats that a 32-bit model would sample in otherwise."""
-    dtype = model.model.diffusion_model.dtype
-    if dtype in (torch.float16, torch.bfloat16):
-        return dtype
-    return next(d for d in [*model.model.model_config.supported_inference_dtypes, torch.bfloat16] if d.itemsize == 2)
-
-
-def _other_bytes(model, plans: dict[str, LayerPlan]) -> int:
-    """Bytes in a file of everything that is not a planned layer's weight, as the model holds it, and its header."""
-    planned = {f"{n}.weight" for n, p in plans.items() if p.scheme != KEEP}
-    state = _state(model.model.diffusion_model)
-    rest = [v.numel() * v.element_size() for k, v in state.items() if k not in planned]
-    return sum(rest) + allocate.file_overhead(len(planned), len(rest))
-
-
 def _sample(model, inputs: Inputs, settings: Settings, node_id: str | None) -> None:
     """Draws all prompts. No kernel that takes more than a linear is used: hooks must see what each layer is fed."""
     scheduler = "simple" if model.model.model_type in FLOW else "normal"
@@ -179,45 +161,12 @@ def _sample(model, inputs: Inputs, settings: Settings, node_id: str | None) -> N
             )  # fmt: skip
 
 
-def _signature(model, inputs: Inputs, settings: Settings, plans: dict[str, LayerPlan]) -> str:
-    planned = [n for n, p in plans.items() if p.scheme != KEEP]
-    weights = Asked(planned, lambda n: weight_of(model, f"{n}.weight"))
-    conds = {}
-    for i, pair in enumerate(inputs.pairs):
-        for side, cond in zip(("positive", "negative"), pair, strict=True):
-            conds |= {f"{i}.{side}.{j}": entry[0] for j, entry in enumerate(cond)}
-    return resume.signature(
-        weights=resume.fingerprint(weights), conds=resume.fingerprint(conds), settings=vars(settings),
-        latent=list(inputs.latent.shape), plans={n: [p.scheme, p.rank, p.act_unsigned] for n, p in plans.items()},
-        method=engine.METHOD,
-    )  # fmt: skip
-
-
-def _record(settings: Settings, inputs: Inputs, layers: dict[str, Layer], family: str) -> dict[str, str]:
-    """What a saved file says of itself."""
-    t = report.totals(layers)
-    calibration = {
-        "method": settings.preset, "seed": settings.seed, "prompts": len(inputs.pairs), "levels": settings.levels,
-        "cfg": settings.cfg, "kept_calibrated": t["calibrated"], "unsigned": t["unsigned"], "error": t["error"],
-        "unreached": len(report.unreached(layers, settings.preset)),
-    }  # fmt: skip
-    schemes = sorted({x.plan.scheme for x in layers.values()} - {KEEP})
-    return record(
-        scheme=" + ".join(schemes),
-        rank=settings.rank,
-        group_size=64,
-        family=family,
-        layers=len(layers),
-        calibration=calibration,
-    )
-
-
 class Progress:
     """The node's bar, and a line of text: which layer, how far off, how long still."""
 
-    def __init__(self, node_id: str | None, total: int):
+    def __init__(self, node_id: str | None):
         self.node_id, self.start = node_id, time.monotonic()
-        self.bar = comfy.utils.ProgressBar(total, node_id=node_id)
+        self.bar = comfy.utils.ProgressBar(1, node_id=node_id)
 
     def layer(self, layer: Layer, done: int, total: int) -> None:
         spent = time.monotonic() - self.start

@@ -27,10 +27,12 @@ from ...checkpoints.errors import CheckpointError
 from ...checkpoints.formats import comfy_quant
 from ...checkpoints.formats.stored import StoredLayer
 from ...checkpoints.load import Checkpoint, parse
+from ...checkpoints.save import kept_info
 from ...quant import kernels, machine
 from . import demo_unet, selfcheck
 from .operations import NO_MEANING, operations
 from .patcher import claim
+from .save import RECORD_OF_FILE
 
 log = logging.getLogger(__name__)
 OTHER_LOADER = "Use the loader of the pack that made it, or ComfyUI's own"
@@ -106,6 +108,7 @@ def diffusion_model(path: str, disable_dynamic: bool = False):
             raise _unknown(checkpoint.name)
     if quantized:
         check_complete(model, checkpoint.name)
+    model.attachments[RECORD_OF_FILE] = kept_info(checkpoint.metadata)
     model.cached_patcher_init = (diffusion_model, (path,))
     return claim(model)
 
@@ -133,6 +136,7 @@ def full_checkpoint(path: str, embeddings, disable_dynamic: bool = False):
         remedy = "Load it with Load 4-bit Model and load the text encoder and VAE separately"
         raise CheckpointError(checkpoint.name, "it holds a diffusion model only", remedy)
     check_complete(model, checkpoint.name)
+    model.attachments[RECORD_OF_FILE] = kept_info(checkpoint.metadata)
     model.cached_patcher_init = (full_checkpoint, (path, embeddings), 0)
     return claim(model), clip, vae
 

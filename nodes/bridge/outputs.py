@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import folder_paths
 
 from ...checkpoints.errors import CheckpointError
+from ...checkpoints.save import save as save_file
 from ...reading.names import shown
+from ...training.job import Place
 from ...writing import orphans, unfinished, whole
 from .. import files
 
@@ -59,9 +60,15 @@ def unfinished_root() -> Path:
     return Path(folder_paths.get_output_directory()) / unfinished.FOLDER
 
 
-def unfinished_run(signature: str, what: str, need: int) -> AbstractContextManager[unfinished.Kept]:
-    """See `writing.unfinished.run`: kept under output/, since ComfyUI empties the temp folder when it starts."""
-    return unfinished.run(unfinished_root(), signature, what, need)
+def place(out: Path) -> Place:
+    """Where a training job's file goes, see `save`. What an unfinished one keeps is under output/, since ComfyUI
+    empties the temp folder when it starts.
+    """
+
+    def write(tensors, info, ended: bool) -> str:
+        return save(out, lambda path: save_file(path, tensors, info), ended)
+
+    return Place(unfinished_root(), out.stem, write)
 
 
 def sweep() -> None:

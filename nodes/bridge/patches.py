@@ -34,14 +34,15 @@ from ...lora.weights import (
     LoraWeights,
     SetWeights,
     Weights,
+    grown,
     inner,
+    padded,
+    padded_rank,
     stays_low_rank,
 )
 from ...quant import kernels
 
 log = logging.getLogger(__name__)
-# The branch grows to a multiple of this: what tensor cores take at once. Kitchen also keeps one workspace per rank.
-RANK_STEP = 16
 
 
 def dense(weight: QuantizedTensor) -> Tensor:
@@ -141,7 +142,7 @@ def growth(weight: QuantizedTensor, stored: int, patches: Sequence[tuple]) -> in
     here = getattr(weight._params, "proj_down", None)
     here = 0 if here is None else here.shape[1]
     side = kernels.side_dtype(weight).itemsize
-    return (_padded(here + rank) - here) * (n + k) * side
+    return (padded_rank(here + rank) - here) * (n + k) * side
 
 
 def factors(patches: Sequence[tuple], shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
@@ -170,23 +171,6 @@ def _order(part: tuple[Tensor, Tensor]) -> tuple:
     """Decides by content alone where a LoRA stands in the branch."""
     down, up = part
     return down.shape[1], float(up.abs().sum()), float(down.abs().sum()), down[:4].flatten().tolist()
-
-
-def _padded(rank: int) -> int:
-    return -(-rank // RANK_STEP) * RANK_STEP
-
-
-def padded(weight: QuantizedTensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """``down`` and ``up`` with zeros that make the branch of ``weight`` a multiple of `RANK_STEP` with them."""
-    here = getattr(weight._params, "proj_down", None)
-    rank = (0 if here is None else here.shape[1]) + down.shape[1]
-    pad = (0, _padded(rank) - rank)
-    return (torch.nn.functional.pad(down, pad), torch.nn.functional.pad(up, pad)) if pad[1] else (down, up)
-
-
-def grown(weight: QuantizedTensor, down: Tensor, up: Tensor) -> QuantizedTensor:
-    """``weight`` with its branch longer by ``up`` ``down``^T, padded to a multiple of `RANK_STEP` with zeros."""
-    return kernels.extend(weight, *padded(weight, down, up))
 
 
 def patched(weight: QuantizedTensor, patches: Sequence[tuple], key: str, original: dict | None = None) -> Tensor:

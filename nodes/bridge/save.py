@@ -15,6 +15,8 @@ from ...quant import kernels
 from ...writing import room
 
 PREFIX = "model.diffusion_model."
+# Attachments of a MODEL: what it says of itself when it is saved; what the file said that it was loaded from.
+RECORD_OF_MODEL, RECORD_OF_FILE = "nibble_record", "nibble_file_record"
 
 
 def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -> None:
@@ -29,7 +31,7 @@ def diffusion_model(model, path: str, prompt: dict | None, extra: dict | None) -
     entries = {k.removesuffix(comfy_quant.SUFFIX): v for k, v in tensors.items() if k.endswith(comfy_quant.SUFFIX)}
     schemes = sorted({comfy_quant.decode_config(v, path, n)["format"] for n, v in entries.items() if v.numel()})
     info = save.record(scheme=" + ".join(schemes) or "16-bit", saved_from="a workflow")
-    info |= dict(getattr(model, "attachments", {}).get("nibble_record", {}))
+    info |= dict(getattr(model, "attachments", {}).get(RECORD_OF_MODEL, {}))
     graph = {}
     if not args.disable_metadata:
         graph = {k: json.dumps(v) for k, v in {"prompt": prompt, **(extra or {})}.items() if v is not None}

@@ -15,10 +15,11 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...training import eight_bit
+from ...training import eight_bit, job
 from ...training.denoise import Denoiser
 from ...training.ordinary import alias, ordinary
-from .build import patched_layers
+from .build import patched_layers, weight_of
+from .sampling import facts_of
 
 
 def resident(model):
@@ -126,6 +127,13 @@ def on(value, device):
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def loss_scale(model) -> float:
-    """Gradients of a model that computes in float16 vanish unless the loss is scaled up."""
-    return 1024.0 if model.model.get_dtype_inference() == torch.float16 else 1.0
+def digest_of(model) -> str:
+    """Of a MODEL's linears as they are, and of its patches."""
+    strengths = {str(key): [p[0] for p in value] for key, value in model.patches.items()}
+    return job.digest_of(model.model.diffusion_model, strengths, lambda n: weight_of(model, f"{n}.weight"))
+
+
+def base_of(model, digest: str = "") -> job.Base:
+    """``model``, loaded, as a job sees it. ``digest``: of the MODEL that it was made of."""
+    module, dtype = model.model.diffusion_model, model.model.get_dtype_inference()
+    return job.Base(module, denoiser(model), dtype, family=facts_of(model, []).family, digest=digest)

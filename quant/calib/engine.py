@@ -69,7 +69,7 @@ class Layer:
 
 class Store(Protocol):
     """Keeps solved layers of an unfinished run, what its observations saw (``run``: which of them), and the plans that
-    fit a budget; see checkpoints.resume for one on disk. ``put``: whether the layer is kept.
+    fit a budget; see calibration.resume for one on disk. ``put``: whether the layer is kept.
     """
 
     def get(self, name: str) -> Layer | None: ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import GROUP
+from ..schemes import GROUP
 from .low_rank import shrunk
 
 BLOCK = 128

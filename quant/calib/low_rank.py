@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..datafree import ITERATIONS, OVERSAMPLE, svd
-from ..packing import GROUP
+from ..schemes import GROUP
 from .smooth import PEAK, WEIGHT_STEPS
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import GROUP
+from ..schemes import GROUP
 
 # Noise of a weight group is (its largest / steps)^2 / 12. J knows the largest and the search: half of 15 steps, -8..7.
 # `low_rank.noise_weights` comes before it: absmax / 7, and the largest of 64 normal weights, in standard deviations.

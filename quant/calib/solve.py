@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .. import awq, core_formats, datafree, scales, svdquant
 from ..checks import relative_error
-from ..packing import GROUP, pack
+from ..packing import pack
 from ..policy import LayerPlan
-from ..schemes import AWQ, SVDQUANT
+from ..schemes import AWQ, GROUP, SVDQUANT
 from ..svdquant import SHIFT, SVDQuantWeight
 from . import gptq, low_rank, smooth
 from .presets import SURROGATE, Preset

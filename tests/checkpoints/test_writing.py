@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from comfyui_nibble import demo
+from comfyui_nibble.calibration import run as runs
 from comfyui_nibble.checkpoints import convert, folder, header, save
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.inspect import inspect
@@ -202,9 +203,9 @@ class TestAnExistingOutput:
             convert.quantize(source, there)
         with pytest.raises(CheckpointError, match="of this name already"):
             repack(flux_file.with_name("gone.safetensors"), there)
-        monkeypatch.setattr(calibrate, "job", lambda *_: pytest.fail("the calibration began"))
+        monkeypatch.setattr(runs, "plans_of", lambda *_: pytest.fail("the calibration began"))
         with open_source(demo.MODEL) as source, pytest.raises(CheckpointError, match="of this name already"):
-            calibrate.run(source, None, calibrate.Inputs(("a",)), None, convert.Options(), there)
+            calibrate.run(source, None, None, there)
 
     def test_one_that_appears_meanwhile_is_not_overwritten(self, tmp_path, monkeypatch):
         path = tmp_path / "x.safetensors"

@@ -81,7 +81,7 @@ def test_every_way_gives_a_lora_that_stock_loaders_read(way, server):
     assert match.preset.id == record["preset"] == ("lcm_lora_sd15" if way == "lcm" else "distilled_sd15")
     assert match.steps == record["sampling"]["steps"] == (1 if way == "one_step" else about["steps"])
     assert len(keys) == 3 * 70 and all(k.startswith("diffusion_model.") for k in keys)
-    assert about["mode"] == way and about["omega"] == [2.0, 2.0] and len(about["base_sha256"]) == 32
+    assert about["way"] == way and about["omega"] == [2.0, 2.0] and len(about["base_sha256"]) == 32
     assert about["sampling"] in result.text("report") and "distance to the teacher's pictures" in result.text("report")
     if way == "lcm":
         got = server.latent(result, "drawn")

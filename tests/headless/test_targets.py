@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 from comfyui_nibble import demo
+from comfyui_nibble.checkpoints import convert
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats.core_quant import StoredCore, write
 from comfyui_nibble.checkpoints.inspect import inspect
+from comfyui_nibble.families import by_id
 from comfyui_nibble.headless import pipeline
 from comfyui_nibble.headless.cli import main
 from comfyui_nibble.metrics.images import mean_psnr
@@ -110,3 +112,18 @@ def test_rows_of_a_fused_layer_are_those_rows(target):
     parts = [rows(whole, i, i + 80) for i in (0, 80, 160)]
     got = torch.cat([torch.nn.functional.linear(x, kernels.wrap(p, torch.float32)) for p in parts], -1)
     assert torch.allclose(got, want, atol=1e-4 * want.abs().max().item())
+
+
+def test_a_target_of_comfyuis_own_is_measured_too(tmp_path, capsys):
+    """Calibration says what such a file costs; the node always did."""
+    out, prompts = tmp_path / "nvfp4.safetensors", tmp_path / "prompts.txt"
+    prompts.write_text("red apple\n")
+    args = ["--preset", "fast", "--target", "nvfp4", "--samples", "1", "--levels", "2", "--prompts", str(prompts)]
+    assert main(["quantize", str(demo.MODEL), "--out", str(out), *args]) == 0
+    assert "layers by preset fast" in capsys.readouterr().out
+    assert inspect(out).totals()["nvfp4"]["layers"] > 0
+
+
+@pytest.mark.parametrize(("dtype", "side"), [("float32", "float16"), ("float64", "float16"), ("bfloat16", "bfloat16")])
+def test_side_dtype_is_the_familys_beside_wide_weights(dtype, side):
+    assert convert.side_of(getattr(torch, dtype), by_id("sd15")) == getattr(torch, side)

@@ -80,6 +80,15 @@ def test_adds_the_update_whatever_the_spelling(spelling, four_bit, sqnr):
     assert all(torch.equal(a, b) for a, b in zip(codes, still, strict=True))
 
 
+def test_branches_grow_to_what_kernels_take_at_once():
+    """To multiples of 16, as those of ComfyUI's MODELs do."""
+    net = model(True)
+    for wide in (16, 32):
+        apply(net, read(lora("kohya")), 1.0)
+        layers = (net.blocks[0].attn["to_q"], *net.blocks[0].net)
+        assert {kernels.unwrap(m.weight).proj_down.shape[1] for m in layers} == {wide}
+
+
 def test_alpha_defaults_to_the_rank(sqnr):
     one, two = (read(lora("kohya", alpha=a)) for a in (None, 4.0))
     for name, weights in one.targets.items():

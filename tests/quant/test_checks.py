@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from comfyui_nibble.calibration import report
 from comfyui_nibble.quant import awq, checks, core_formats, core_low_rank, datafree, kernels, modules
-from comfyui_nibble.quant.calib import engine, presets, report
+from comfyui_nibble.quant.calib import engine, presets
 from comfyui_nibble.quant.calib.solve import Sample, solve
 from comfyui_nibble.quant.policy import TARGETS, LayerPlan
 from comfyui_nibble.quant.schemes import AWQ, KEEP

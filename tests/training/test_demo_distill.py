@@ -4,8 +4,8 @@ import pytest
 import torch
 from comfyui_nibble import demo
 from comfyui_nibble.demo import recognise
-from comfyui_nibble.headless import pipeline, train
-from comfyui_nibble.training import adapters, consistency, denoise, distill, lora, paths
+from comfyui_nibble.headless import base, pipeline
+from comfyui_nibble.training import consistency, distill, job, paths, recipes
 from comfyui_nibble.training.loop import Plan, Watch
 
 SHAPE, NAMES = (4, 16, 16), ("red apple", "rocket")
@@ -23,16 +23,17 @@ def both():
 
 def run(both, way: str, plan: Plan, work, pictures=None) -> distill.Outcome:
     pipe, other = both
-    loras = adapters.Adapters(pipe.unet, lora.usual(list(adapters.linears(pipe.unet))), 16)
-    model, path = paths.view(denoise.diffusers_unet(pipe.unet, pipe.scheduler))
-    teacher, _ = paths.view(denoise.diffusers_unet(other.unet, other.scheduler))
-    cond = [train.encode(pipe, name, torch.zeros(SHAPE)) for name in NAMES]
-    empty = train.encode(pipe, "", torch.zeros(SHAPE))
+    student = base.base_of(pipe)
+    loras = job.adapters_of(student, 16, 0)
+    model, path = paths.view(student.denoiser)
+    teacher, _ = paths.view(base.base_of(other).denoiser)
+    cond = [base.encode(pipe, name, torch.zeros(SHAPE)) for name in NAMES]
+    empty = base.encode(pipe, "", torch.zeros(SHAPE))
     task = distill.Task(model, teacher, loras.parameters(), path, cond, empty, SHAPE, pictures)
     guided = consistency.Consistency(omega=(2.0, 2.0))
     with loras.attached():
-        settings = distill.Settings(way, plan, pairs=4, teacher_steps=20, consistency=guided)
-        return distill.run(task, settings, work, Watch())
+        settings = distill.Settings(recipes.Distill(way, pairs=4, teacher_steps=20), plan, consistency=guided)
+        return distill.train_task(task, settings, work, Watch())
 
 
 def test_phased_comes_closer_to_the_teacher(both, tmp_path):
@@ -46,8 +47,8 @@ def test_lcf_learns_pictures_that_the_base_does_not_know(both, tmp_path):
     index = [recognise.load("twemoji").names.index(n) for n in recognise.load("twemoji").names if n[0] in NAMES]
     small = torch.as_tensor(recognise.load("twemoji").thumbnails[index]).permute(0, 3, 1, 2).float() * 2 - 1
     shown = torch.nn.functional.interpolate(small, (128, 128), mode="bilinear")
-    pictures = torch.stack([train.latent_of(both[0], p) for p in shown])
-    plan = Plan("lcf", 40, 2, 3e-3, warmup=5, weight_decay=0.0, ema=0.8)
+    pictures = torch.stack([base.latent_of(both[0], p) for p in shown])
+    plan = Plan("lcf", 60, 2, 3e-3, warmup=5, weight_decay=0.0, ema=0.8)
     out = run(both, "lcf", plan, tmp_path, pictures)
     print(f"loss on fixed noise at every time: {out.before:.4f} -> {out.after:.4f}")
     assert out.after < 0.8 * out.before

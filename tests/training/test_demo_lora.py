@@ -7,13 +7,13 @@ import shutil
 import pytest
 import torch
 from comfyui_nibble import demo
-from comfyui_nibble.headless import pipeline, train
+from comfyui_nibble.headless import base, pipeline
 from comfyui_nibble.headless.cli import main
 from comfyui_nibble.lora.apply import apply
 from comfyui_nibble.lora.read import read
 from comfyui_nibble.profiling import work
 from comfyui_nibble.quant import kernels
-from comfyui_nibble.training import adapters, checkpointing, data, denoise, eight_bit, lora
+from comfyui_nibble.training import checkpointing, data, denoise, eight_bit, job, lora
 from comfyui_nibble.training.loop import Plan
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -31,20 +31,30 @@ def digest(unet) -> str:
 def pipe():
     out = pipeline.load_pipeline(demo.MODEL)
     pipeline.quantize(out, 16)
+    out.unet.requires_grad_(False)
     return out
 
 
 @pytest.fixture(scope="module")
 def found(pipe):
     """The shipped pictures: 40 to train on, 8 held out."""
-    return train.samples(pipe, train.Pictures(demo.PICTURES, train.side_of(pipe), share=1 / 6))
+    rows = base.samples(pipe, demo.PICTURES, base.side_of(pipe))
+    return tuple([rows[i] for i in part] for part in data.split(len(rows), 1 / 6, 0))
+
+
+def fitted(pipe, found, recipe, compress: bool = True):
+    """(adapters, outcome)."""
+    with eight_bit.wanted(pipe.unet, compress):
+        model = base.base_of(pipe)
+        loras = job.adapters_of(model, 8, recipe.plan.seed)
+        return loras, lora.train_lora(model.denoiser, loras, found, recipe)
 
 
 @pytest.fixture(scope="module")
 def trained(pipe, found):
     before = digest(pipe.unet)
     recipe = lora.Recipe(Plan("lora", 32, 4, 2e-3, warmup=5, weight_decay=0.0, ema=0.9))
-    loras, outcome = train.train(pipe, found, recipe, 8)
+    loras, outcome = fitted(pipe, found, recipe)
     assert digest(pipe.unet) == before  # every weight, 4-bit and others, to the last bit
     return loras, outcome, recipe
 
@@ -61,8 +71,8 @@ def test_forty_pictures_lower_the_validation_loss(trained, found):
 def bytes_of_training(bits: int, checkpointed: bool) -> int:
     """The model's and the most that two updates add, in bfloat16, at the node's batch and rank."""
     made = pipeline.load_pipeline(demo.MODEL)
-    cond = train.encode(made, "red apple", torch.zeros(4, 16, 16))
-    unet = made.unet.to(torch.bfloat16)
+    cond = base.encode(made, "red apple", torch.zeros(4, 16, 16))
+    unet = made.unet.to(torch.bfloat16).requires_grad_(False)
     if bits == 4:
         pipeline.quantize(made, 16)
     recipe = lora.Recipe(Plan("lora", 2, 1, 1e-3, warmup=1), checkpointing=checkpointed)
@@ -70,7 +80,7 @@ def bytes_of_training(bits: int, checkpointed: bool) -> int:
     with eight_bit.wanted(unet, True):
         weights = kernels.held(unet)
         with work.LiveBytes() as added:
-            train.train(made, ([sample], []), recipe, 8, compress=False)  # it is compressed already
+            fitted(made, ([sample], []), recipe, compress=False)  # it is compressed already
     return weights + added.peak
 
 
@@ -83,20 +93,20 @@ def test_memory_on_the_4_bit_base_is_below_six_tenths(checkpointed):
 
 def test_the_file_changes_both_bases_alike(pipe, trained, found):
     loras, _, _ = trained
-    file = loras.state_dict(rename=train.native_names(pipe.unet))
+    file = loras.state_dict(rename=base.native_names(pipe.unet))
     assert len(file) == 3 * 70 and all(n.startswith("diffusion_model.") for n in file)
     sample, changes = found[1][0], []
     noise = torch.randn(1, *sample.latent.shape, generator=torch.Generator().manual_seed(0))
     for quantized in (False, True):
-        base = pipeline.load_pipeline(demo.MODEL)
+        fresh = pipeline.load_pipeline(demo.MODEL)
         if quantized:
-            pipeline.quantize(base, 16)
-        denoiser = denoise.diffusers_unet(base.unet, base.scheduler)
+            pipeline.quantize(fresh, 16)
+        denoiser = denoise.diffusers_unet(fresh.unet, fresh.scheduler)
         sigma = denoiser.at(torch.tensor([0.7]))
         x = denoiser.mix(sample.latent[None], noise, sigma)
         with torch.no_grad():
             before = denoiser.predict(x, sigma, [sample.cond])
-            report = apply(base.unet, read(file))
+            report = apply(fresh.unet, read(file))
             after = denoiser.predict(x, sigma, [sample.cond])
         assert len(report.applied) == 70 and not report.unknown
         changes.append((after - before).flatten())
@@ -113,7 +123,7 @@ def test_checkpointing_gives_the_same_gradients(pipe, found):
     rows, grads = found[0][:2], []
     x0, noise = torch.stack([r.latent for r in rows]), torch.ones(2, 4, 16, 16)
     for checkpointed in (False, True):
-        loras = adapters.Adapters(pipe.unet, lora.usual(list(adapters.linears(pipe.unet))), 4)
+        loras = job.adapters_of(base.base_of(pipe), 4, 0)
         with loras.attached():
             if checkpointed:
                 with checkpointing.checkpointed(pipe.unet):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_nibble.training import consistency, distill, loop
+from comfyui_nibble.training import consistency, distill, loop, recipes
 from toys import Mixture, vp_path
 
 PATH = vp_path()
@@ -15,9 +15,9 @@ def run(way: str, work, updates: int = 200, pictures=None, watch=None, rate: flo
     plan = loop.Plan(way, updates, 64, rate, warmup=10, weight_decay=0.0, ema=0.95)
     task = distill.Task(toy.student, toy.teacher, list(toy.net.parameters()), PATH, [0, 1, 2], None, (2,), pictures)
     chosen = dict(cfg=1.0, steps=2, start=8, pairs=256, teacher_steps=20)
-    chosen |= dict(consistency=consistency.Consistency(skip=100, omega=(0.0, 0.0)))
-    made = distill.Settings(way, plan, **{**chosen, **settings})
-    out = distill.run(task, made, work, watch or loop.Watch())
+    near = consistency.Consistency(skip=100, omega=(0.0, 0.0))
+    made = distill.Settings(recipes.Distill(way, **{**chosen, **settings}), plan, consistency=near)
+    out = distill.train_task(task, made, work, watch or loop.Watch())
     return out, torch.cat([p.detach().flatten() for p in toy.net.parameters()])
 
 
@@ -72,10 +72,8 @@ def test_refuses_in_one_sentence(way, settings, words, tmp_path):
         run(way, tmp_path, 1, **settings)
 
 
-def test_the_command_line_offers_the_same_ways():
-    from comfyui_nibble.headless.distill import WAYS
-
-    assert tuple(distill.MODES) == WAYS
+def test_the_ways_that_are_offered_are_there():
+    assert tuple(distill.MODES) == tuple(recipes.WAYS)
 
 
 def test_conditions_are_the_pairs_prompts(tmp_path):
@@ -88,6 +86,6 @@ def test_conditions_are_the_pairs_prompts(tmp_path):
 
     task = distill.Task(student, toy.teacher, list(toy.net.parameters()), PATH, ["a", "b"], None, (2,))
     plan = loop.Plan("one_step", 3, 8, 1e-3, warmup=1)
-    settings = distill.Settings("one_step", plan, cfg=1.0, pairs=8, teacher_steps=2)
-    distill.run(task, settings, tmp_path, loop.Watch())
+    settings = distill.Settings(recipes.Distill("one_step", cfg=1.0, pairs=8, teacher_steps=2), plan)
+    distill.train_task(task, settings, tmp_path, loop.Watch())
     assert asked == {"a", "b"}

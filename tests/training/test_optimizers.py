@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_nibble.training import optimizers
+from comfyui_nibble.training import optimizers, recipes
 from comfyui_nibble.training.loop import Plan
 
 pytest.importorskip("pytorch_optimizer", reason="GaLore needs pip install pytorch-optimizer")
@@ -66,6 +66,7 @@ def test_the_first_steps_are_their_formula(shape):
 
 
 def test_every_row_makes_an_optimizer_that_learns():
-    for name in optimizers.OPTIMIZERS:
+    assert tuple(optimizers.MAKERS) == recipes.OPTIMIZERS
+    for name in optimizers.MAKERS:
         losses, _ = fit(lambda p, name=name: optimizers.make(Plan("x", 1, 1, 0.02, optimizer=name), p))
         assert losses[-1] < losses[0], name

@@ -31,15 +31,15 @@ def slimmed(model):
 
 def loftq(model):
     with tempfile.TemporaryDirectory() as folder:
-        return refine.loftq(model, refine.Start(4, 16, 1), Path(folder) / "lora.safetensors")[:2]
+        return refine.loftq(model, refine.LoftQ(4, 16, 1), Path(folder) / "lora.safetensors")[:2]
 
 
 def refined(teacher):
     """The 4-bit model that is refined goes too."""
     model = demo.model(True)
     watched.append(weakref.ref(model.model))
-    wish = refine.Settings(1, 1, 1e-3, 2, 1.0, 0)
-    return refine.refine((model, teacher), distill.Inputs(pairs, empty), wish)[0]
+    wish = refine.Refine(1, 1, 1e-3, 2, 1.0, 0)
+    return refine.refine((model, teacher), calibrate.Inputs(pairs, empty), wish)[0]
 
 
 def answer(model) -> torch.Tensor:

@@ -37,7 +37,7 @@ def calibrated(model, target="svdquant_w4a4", preset="fast"):
 
 def loftq(model):
     with tempfile.TemporaryDirectory() as folder:
-        return refine.loftq(model, refine.Start(4, 16, 1), Path(folder) / "lora.safetensors")[0]
+        return refine.loftq(model, refine.LoftQ(4, 16, 1), Path(folder) / "lora.safetensors")[0]
 
 
 def refined(_):

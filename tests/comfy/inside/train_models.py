@@ -5,7 +5,8 @@ import json
 from lora_common import FORWARD, args, load, mm, ours, torch
 
 adapters, denoise = ours("training.adapters"), ours("nodes.bridge.train_model")
-loop, ordinary, data, lora = (
+job, loop, ordinary, data, lora = (
+    ours("training.job"),
     ours("training.loop"),
     ours("training.ordinary"),
     ours("training.data"),
@@ -42,7 +43,7 @@ for arg in args:
         encoded = [[denoise.condition(target, cond(width, vector, seed), z) for seed in (i, 9)]
                    for i, z in enumerate(latents)]  # fmt: skip
         rows = [data.Sample(z, *conds) for z, conds in zip(latents, encoded, strict=True)]
-        names = lora.usual(list(adapters.linears(module)))
+        names = job.usual(list(adapters.linears(module)))
         found = []
         for checkpointing in (False, True):
             plan = loop.Plan("x", 3, 2, 0.02, warmup=0, ema=0.0)

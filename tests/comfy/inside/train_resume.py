@@ -13,7 +13,7 @@ bridge, demo = ours("nodes.bridge.training"), ours("nodes.bridge.demo")
 pictures, out = Path(args[0]), Path(args[1])
 folder_paths.set_output_directory(str(out))
 parts = (demo.model(True, 16), demo.clip(), demo.vae())
-settings = bridge.Settings(steps=6, batch=2, rank=4, rate=1e-3, side=128, seed=1, hold_out=0.25)
+settings = bridge.Lora(updates=6, batch=2, rank=4, rate=1e-3, side=128, seed=1, hold_out=0.25)
 codes = codes_hash(parts[0])
 result, previews = {}, []
 comfy.cli_args.args.preview_method = comfy.cli_args.LatentPreviewMethod.Latent2RGB

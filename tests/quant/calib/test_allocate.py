@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from comfyui_nibble.quant.calib import allocate, engine, presets, report
+from comfyui_nibble.calibration import report
+from comfyui_nibble.quant.calib import allocate, engine, presets
 from comfyui_nibble.quant.calib.allocate import Option
 from comfyui_nibble.quant.calib.solve import Sample
 from comfyui_nibble.quant.policy import LayerPlan

@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from comfyui_nibble.checkpoints import resume
+from comfyui_nibble.calibration import report, resume
+from comfyui_nibble.checkpoints import save
 from comfyui_nibble.demo import parts
 from comfyui_nibble.profiling.work import LiveBytes
-from comfyui_nibble.quant.calib import engine, presets, report
+from comfyui_nibble.quant.calib import engine, presets
 from comfyui_nibble.quant.calib.observe import Observer, runs_needed
 from comfyui_nibble.quant.policy import LayerPlan
 from torch import nn
@@ -197,7 +198,7 @@ class TestResume:
         a = torch.randn(64, 64)
         b = a.clone()
         b[17, 3] += 1e-3
-        assert resume.fingerprint({"w": a}) == resume.fingerprint({"w": a.clone()}) != resume.fingerprint({"w": b})
+        assert save.fingerprint({"w": a}) == save.fingerprint({"w": a.clone()}) != save.fingerprint({"w": b})
 
 
 @pytest.mark.parametrize("preset", ["fast", "best"])

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from comfyui_nibble.checkpoints import convert, resume
+from comfyui_nibble.calibration import report, resume
+from comfyui_nibble.calibration import run as runs
+from comfyui_nibble.checkpoints import convert
 from comfyui_nibble.checkpoints.load import load
 from comfyui_nibble.checkpoints.source import open_source
 from comfyui_nibble.families import FAMILIES, by_id
 from comfyui_nibble.families.spec import Rule
-from comfyui_nibble.headless import calibrate as headless
 from comfyui_nibble.quant import awq, svdquant
-from comfyui_nibble.quant.calib import allocate, engine, presets, report
+from comfyui_nibble.quant.calib import allocate, engine, presets
 from comfyui_nibble.quant.calib.observe import Reservoir
 from comfyui_nibble.quant.calib.solve import Sample, candidates, output_error, solve, solve_best
 from comfyui_nibble.quant.modules import quantize_weight
@@ -286,16 +287,16 @@ def engine_seed() -> int:
 
 class TestResuming:
     def test_what_another_version_solved_is_solved_again(self, monkeypatch):
-        class Source:
-            name, prefix, shapes = "x", "", {"img_mlp.2.weight": (D, H)}
-
-        work = engine.Job(
-            plans={"img_mlp.2": LayerPlan("svdquant_w4a4", "", 16)}, preset=FAST, dtype=torch.bfloat16,
-            run=lambda: None, weight=lambda n: (Block("gelu").img_mlp[2].weight.detach(), None),
+        plans = {"img_mlp.2": LayerPlan("svdquant_w4a4", "", 16)}
+        subject = runs.Subject(
+            family=None, module=None, shapes={"img_mlp.2": (D, H)}, nbytes={}, dtype=torch.bfloat16,
+            weight=lambda n: (Block("gelu").img_mlp[2].weight.detach(), None), sample=lambda: None, prompts=1,
+            drawn=["a"], device="cpu",
         )  # fmt: skip
-        signatures = [headless.signature(Source, work, headless.Inputs(("a",)))]
-        monkeypatch.setattr(headless, "METHOD", engine.METHOD - 1)
-        signatures.append(headless.signature(Source, work, headless.Inputs(("a",))))
+        settings = runs.Settings("fast", "svdquant_w4a4", 16, 0, 8, 3.0, 0)
+        signatures = [runs.signature_of(subject, settings, plans)]
+        monkeypatch.setattr(engine, "METHOD", engine.METHOD - 1)
+        signatures.append(runs.signature_of(subject, settings, plans))
         assert len(set(signatures)) == 2
 
     @pytest.mark.parametrize("change", [

@@ -12,7 +12,6 @@ treated as absent: that part is simply done again. So is what cannot be written;
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedTensor
 from torch import Tensor
 
+from ..checkpoints.formats import comfy_quant, core_quant
 from ..quant.awq import AWQWeight
 from ..quant.calib import recall
 from ..quant.calib.engine import Layer
@@ -31,8 +31,6 @@ from ..quant.schemes import AWQ, SVDQUANT
 from ..quant.svdquant import SVDQuantWeight
 from ..writing import kept, room
 from ..writing.whole import WriteError
-from . import save
-from .formats import comfy_quant, core_quant
 
 ENTRY, PROMOTED = "layer", "promoted"
 KINDS = {SVDQUANT.id: SVDQuantWeight, AWQ.id: AWQWeight}
@@ -182,28 +180,3 @@ def _belongs_together(layer: Layer) -> bool:
         and layer.plan.act_unsigned == getattr(weight, "act_unsigned", False)
         and (bias is None or tuple(bias.shape) == layer.shape[:1])
     )
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A short digest of names, shapes and contents. Contents by sums in float64 and a few values: fast, and any
-    retrained or patched weight changes it.
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        t = tensors[name].detach()
-        flat = t.flatten()
-        step = max(1, flat.numel() // 64)
-        few = flat[::step][:64].to("cpu", torch.float64)
-        values = [float(flat.sum(dtype=torch.float64)), float(flat.abs().sum(dtype=torch.float64)), *few.tolist()]
-        digest.update(json.dumps([name, list(t.shape), str(t.dtype), values]).encode())
-    return digest.hexdigest()[:32]
-
-
-def digest(**values) -> str:
-    """A digest of ``values``, which are JSON-able."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def signature(**values) -> str:
-    """A digest of everything that a run depends on, this pack's version with it."""
-    return digest(version=save.version(), **values)

@@ -10,7 +10,8 @@ import shutil
 
 import pytest
 import torch
-from comfyui_nibble.checkpoints import resume, save
+from comfyui_nibble.calibration import resume
+from comfyui_nibble.checkpoints import save
 from comfyui_nibble.quant import kernels
 from comfyui_nibble.quant.calib import allocate, engine, presets
 from comfyui_nibble.quant.policy import LayerPlan
@@ -277,6 +278,6 @@ def test_observations_leave_room_for_others(tmp_path, monkeypatch):
 
 
 def test_a_signature_holds_the_version(monkeypatch):
-    one, digest = resume.signature(a=1), resume.digest(a=1)
+    one, digest = save.signature(a=1), save.digest(a=1)
     monkeypatch.setattr(save, "version", lambda: "9.9.9")
-    assert resume.signature(a=1) != one and resume.digest(a=1) == digest
+    assert save.signature(a=1) != one and save.digest(a=1) == digest

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..schemes import AWQ, KEEP, SVDQUANT
-from .allocate import stored_bytes
-from .engine import Layer
-from .presets import PRESETS
-from .solve import HELD_BACK
+from ..quant.calib.allocate import stored_bytes
+from ..quant.calib.engine import Layer
+from ..quant.calib.presets import PRESETS
+from ..quant.calib.solve import HELD_BACK
+from ..quant.schemes import AWQ, KEEP, SVDQUANT
 
 WIDTH, HEIGHT, PAD, LABEL = 1024, 420, 16, 64
 INK, FAINT, PAPER = (32, 33, 36), (154, 160, 166), (255, 255, 255)
