@@ -9,8 +9,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ...checkpoints import save as checkpoint
 from ...checkpoints.errors import CheckpointError
-from ...checkpoints.save import save as save_file
 from ...reading.names import shown
 from ...training.job import Place
 from ...writing import orphans, unfinished, whole
@@ -66,7 +66,7 @@ def place(out: Path) -> Place:
     """
 
     def write(tensors, info, ended: bool) -> str:
-        return save(out, lambda path: save_file(path, tensors, info), ended)
+        return save(out, lambda path: checkpoint.save(path, tensors, info), ended)
 
     return Place(unfinished_root(), out.stem, write)
 

@@ -108,7 +108,7 @@ def test_the_parser_is_light():
 
     tree = ast.parse(Path(profile.__file__).read_text())
     imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    assert {getattr(n, "module", None) or n.names[0].name for n in imports} == {"__future__", "sys", "pathlib"}
+    assert {getattr(n, "module", None) or n.names[0].name for n in imports} == {"__future__", "sys", "pathlib", "shown"}
 
 
 @pytest.mark.skipif(not (demo.MODEL / "unet").exists(), reason="the demo model is not in this checkout")
