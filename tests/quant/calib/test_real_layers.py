@@ -1,13 +1,13 @@
 """The thresholds that calibration is held to, on real weights (MiniLM) and on hard synthetic layers.
 
-Figures over all its layers, and what they mean: docs/benchmarks.md. Here are the margins, on every other block.
+Figures over all its layers, and what they mean: docs/benchmarks.md. Here are the margins, on two blocks.
 """
 
 import pytest
 
 from .layers import MiniLM, output_error, run, synthetic
 
-BLOCKS = 1, 3, 5
+BLOCKS = 2, 5
 
 
 @pytest.fixture(scope="module")
