@@ -1,10 +1,11 @@
 """The walk of the tree, in a clone as people have it: a virtual environment in it, builds, another repository."""
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from project_files import project_files
+from project_files import ROOT, project_files
 
 
 def put(root: Path, *names: str) -> None:
@@ -49,3 +50,15 @@ def test_this_projects_own():
     found = {p.as_posix() for p in project_files()}
     assert {"__init__.py", "quant/checks.py", "tests/project_files.py", "pyproject.toml"} <= found
     assert not [p for p in found if "site-packages" in p or p.endswith(".pyc")]
+
+
+def test_no_test_walks_the_tree_by_itself():
+    """Each such walk finds what a person put into the clone, and calls it this project's fault."""
+    for path in project_files():
+        if (
+            path.suffix == ".py"
+            and path.parts[0] == "tests"
+            and path.name not in ("project_files.py", Path(__file__).name)
+        ):
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert not re.search(r"(?<![\w.])ROOT\.(rglob|glob|walk)\(", text), path

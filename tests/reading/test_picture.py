@@ -13,6 +13,7 @@ import torch
 from comfyui_nibble.reading import picture
 from comfyui_nibble.training import data
 from PIL import Image, ImageOps
+from project_files import project_files
 
 ROOT = Path(__file__).resolve().parents[2]
 WHITE, RED, BLUE = (255, 255, 255), (255, 0, 0), (0, 0, 255)
@@ -265,11 +266,10 @@ def test_no_file_a_pipe_and_one_that_may_not_be_read(tmp_path, monkeypatch):
 
 def test_there_is_one_reader():
     """Nothing else in the pack opens a picture, and nothing changes what the library refuses."""
-    for path in ROOT.rglob("*.py"):
-        home = path.relative_to(ROOT)
-        if home.parts[0] == "tests" or ".venv" in str(path) or home == Path("reading/picture.py"):
+    for home in project_files():
+        if home.suffix != ".py" or home.parts[0] == "tests" or home == Path("reading/picture.py"):
             continue
-        for found in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for found in ast.walk(ast.parse((ROOT / home).read_text(encoding="utf-8"))):
             if isinstance(found, ast.Attribute) and isinstance(found.value, ast.Name):
                 assert (found.value.id, found.attr) != ("Image", "open"), home
                 assert found.attr not in ("MAX_IMAGE_PIXELS", "LOAD_TRUNCATED_IMAGES"), home
