@@ -19,9 +19,8 @@ CONTEXT = GIB // 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """Operations per unit (SM, CU) and clock; ``four_bit`` 0 means its tensor cores have no 4-bit mode.
-
-    ``native``: the 4-bit scheme its tensor cores run; ``else_``: what this pack does with another file.
+    """Operations per unit (SM, CU) and clock; ``four_bit`` 0 means its tensor cores have no 4-bit mode. Which files run
+    natively on it: quant/machine.py.
     """
 
     id: str
@@ -29,8 +28,6 @@ class Architecture:
     fp16: int
     int8: int
     four_bit: int
-    native: str
-    else_: str
     gfx: str = ""  # AMD's name of it
 
 
@@ -55,18 +52,16 @@ class Card:
         return self.units * self.boost * 1e9 * (getattr(arch, kind) or arch.fp16)
 
 
-INT4_ELSE = "nvfp4: emulated, with a warning"
-EAGER = "whatever comfy-kitchen registers, else its plain PyTorch reference: slow"
 ARCHITECTURES: dict[str, Architecture] = {a.id: a for a in (
-    Architecture("Turing", (75,), 512, 2048, 4096, "", EAGER),
-    Architecture("Turing datacenter", (75,), 1024, 2048, 4096, "", EAGER),
-    Architecture("Ampere", (86, 87), 512, 2048, 4096, "svdquant_w4a4", INT4_ELSE),
-    Architecture("Ampere datacenter", (80,), 2048, 4096, 8192, "svdquant_w4a4", INT4_ELSE),
-    Architecture("Ada", (89,), 512, 2048, 4096, "svdquant_w4a4", INT4_ELSE),
-    Architecture("Ada datacenter", (89,), 1024, 2048, 4096, "svdquant_w4a4", INT4_ELSE),
-    Architecture("Hopper", (90,), 4096, 8192, 0, "asym_w4a8_int8", "svdquant int4: runs, without 4-bit tensor cores"),
-    Architecture("Blackwell", (100, 103, 120, 121), 512, 2048, 4096, "nvfp4", "int4: comfy-kitchen's int4 path"),
-    Architecture("RDNA3", (), 512, 512, 1024, "svdquant_w4a4", INT4_ELSE, "gfx1100"),
+    Architecture("Turing", (75,), 512, 2048, 4096),
+    Architecture("Turing datacenter", (75,), 1024, 2048, 4096),
+    Architecture("Ampere", (86, 87), 512, 2048, 4096),
+    Architecture("Ampere datacenter", (80,), 2048, 4096, 8192),
+    Architecture("Ada", (89,), 512, 2048, 4096),
+    Architecture("Ada datacenter", (89,), 1024, 2048, 4096),
+    Architecture("Hopper", (90,), 4096, 8192, 0),
+    Architecture("Blackwell", (100, 103, 120, 121), 512, 2048, 4096),
+    Architecture("RDNA3", (), 512, 512, 1024, "gfx1100"),
 )}  # fmt: skip
 
 CARDS: dict[str, Card] = {c.name: c for c in (
@@ -91,8 +86,3 @@ CARDS: dict[str, Card] = {c.name: c for c in (
     Card("H100 80 GB", 79.1, 3350, 132, 1.830, "Hopper"),
     Card("H200 141 GB", 139.8, 4800, 132, 1.830, "Hopper"),
 )}  # fmt: skip
-
-
-def by_compute(major: int, minor: int) -> Architecture | None:
-    """The architecture of a CUDA compute capability, or None for one the table does not know."""
-    return next((a for a in ARCHITECTURES.values() if major * 10 + minor in a.compute), None)

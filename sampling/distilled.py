@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from .presets import of_family
 
 KEY, RECORD = "nibble_distill", "nibble"
-CONSISTENT = ("lcm", "lcf")
-STRAIGHT = ("phased", "reflow", "one_step", "progressive")
+CONSISTENT = ("lcm", "lcf")  # the others follow straight lines
 MOST = 50  # a number of steps above it is not few, and none that training aimed at
 WORDS = {
     "lcm": "sampler lcm, scheduler sgm_uniform or simple, 1 to 8 steps, cfg 1",

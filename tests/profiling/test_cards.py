@@ -16,11 +16,8 @@ def test_rates_are_those_of_the_whitepapers(name, fp16, int8, four):
         assert card.rate(kind) / 1e12 == pytest.approx(value, rel=0.01)
 
 
-def test_every_card_is_plausible_and_its_native_scheme_is_known():
+def test_every_card_is_plausible():
     for card in cards.CARDS.values():
         box = float(card.name.split()[-2])
         assert 0.88 * box <= card.gib <= box, card.name
         assert 100 < card.bandwidth < 10_000 and card.architecture in cards.ARCHITECTURES
-    assert cards.by_compute(8, 9).native == cards.by_compute(8, 0).native == "svdquant_w4a4"
-    assert cards.by_compute(12, 0).native == "nvfp4" and cards.by_compute(9, 0).native == "asym_w4a8_int8"
-    assert cards.by_compute(5, 2) is None

@@ -9,7 +9,14 @@ from comfyui_nibble.profiling import cards
 from comfyui_nibble.quant import machine
 from comfyui_nibble.quant.machine import AMD, APPLE, CPU, INTEL, KERNELS, NVIDIA, Machine
 
-LAYOUTS = {"int4": "svdquant_w4a4", "fp4": "nvfp4", "4-bit weights, int8": "asym_w4a8_int8"}
+NATIVE = {
+    "Turing": "rotated int4",
+    "Ampere": "int4",
+    "Ada": "int4",
+    "Hopper": "4-bit weights, int8",
+    "Blackwell": "fp4",
+    "RDNA3": "int4",
+}
 
 
 def nvidia(sm: int, cuda=(13, 0), missing="") -> Machine:
@@ -43,13 +50,15 @@ class TestAgainstKitchen:
             assert (amd(arch).lacks("int4") == "") is wmma, arch
             assert (amd(arch).lacks("4-bit weights") == "") is (wmma or arch in groups["elementwise_only"]), arch
 
-    def test_the_cards_table_names_what_its_cards_run(self):
-        forms = {form: kernel for kernel, form in LAYOUTS.items()}
+    def test_what_the_cards_of_the_table_run(self):
+        """A 4-bit kernel for every architecture; Turing has the rotated one alone."""
         for row in cards.ARCHITECTURES.values():
-            for sm in row.compute if row.native else ():
-                assert nvidia(sm).lacks(forms[row.native]) == "", row.id
+            native = NATIVE[row.id.split()[0]]
+            for sm in row.compute:
+                assert nvidia(sm).lacks(native) == "", row.id
+            assert bool(row.gfx) is not bool(row.compute)
             if row.gfx:
-                assert amd(row.gfx).lacks(forms[row.native]) == "", row.id
+                assert amd(row.gfx).lacks(native) == "", row.id
 
 
 @pytest.mark.parametrize(("here", "runs"), [
