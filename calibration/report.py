@@ -22,7 +22,7 @@ COLOURS = {"calibrated": (66, 133, 244), "data-free": (234, 134, 0), "promoted":
 
 
 def outcome(layer: Layer) -> str:
-    """calibrated, data-free (calibration was no better), promoted (to 8 or 16 bits), or the format's own id."""
+    """calibrated, data-free (calibration was no better), or promoted (to 8 or 16 bits)."""
     if layer.plan.reason.startswith("promoted"):
         return "promoted"
     return "calibrated" if layer.solved.calibrated else "data-free"

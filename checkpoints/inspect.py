@@ -1,5 +1,5 @@
 """Says what a checkpoint is: family, format, and each linear's scheme, rank, bits and bytes, or why it is not
-marks.
+quantized.
 
 Reads the header and the small JSON entries only, so a 20 GB file takes a moment.
 """
@@ -148,7 +148,7 @@ def inspect(path: str | Path) -> Inspection:
         rank = max(_rank(head, n) for n in stored) if config else 0
         scheme, why = _what(head, name, config, plans[name[start:]])
         rows.append(_row(name[start:], scheme, shape, rank, nbytes, why))
-    record = _record(head)
+    record = marks.object_of(head.metadata, RECORD)
     maker = _maker(packed, declared) or ("this pack" if record else "")
     return _inspection(head.name, names, rows, head.nbytes, record, maker)
 
@@ -255,11 +255,3 @@ def _sides(head: header.Header) -> dict[str, dict[str, int]]:
         if last in WEIGHT:
             out.setdefault(layer, {})[last] = entry.nbytes
     return out
-
-
-def _record(head: header.Header) -> dict:
-    try:
-        value = json.loads(head.metadata.get(RECORD, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

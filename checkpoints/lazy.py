@@ -19,15 +19,12 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from ..writing import tensors as files
 from . import folder, header
 from .errors import CheckpointError
 
-DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-}  # fmt: skip
+# Without F4, of which the file counts two numbers for each of torch's.
+DTYPES = {name: dtype for dtype, name in files.DTYPES.items() if name != "F4"}
 SMALL = 2**20  # below this the ordinary allocator
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -44,8 +44,8 @@ class Marks:
     lite: bool = False
 
 
-def _object(metadata: Mapping[str, str], key: str) -> dict:
-    """{} for what is no JSON object: other programs keep other things under these names."""
+def object_of(metadata: Mapping[str, str], key: str) -> dict:
+    """The JSON object under ``key``; {} for anything else: other programs keep other things under these names."""
     try:
         value = json.loads(metadata.get(key) or "{}")
     except (ValueError, RecursionError):
@@ -55,9 +55,9 @@ def _object(metadata: Mapping[str, str], key: str) -> dict:
 
 def read(metadata: Mapping[str, str], config: Mapping | None, file: str) -> Marks:
     """The marks of a file. Raises CheckpointError for layouts that are not read here."""
-    found = dict(config or _object(metadata, "config"))
+    found = dict(config or object_of(metadata, "config"))
     inner = found.get("quantization_config")
-    quantization = inner if isinstance(inner, dict) else _object(metadata, "quantization_config")
+    quantization = inner if isinstance(inner, dict) else object_of(metadata, "quantization_config")
     targets = quantization.get("targets")
     if isinstance(targets, list):
         _check_targets(targets, file)
@@ -141,7 +141,7 @@ def layers_of(what: Entries, split: Callable = lambda name: name.rpartition(".")
 
 def refuse(what: Entries, marks: Marks, file: str) -> None:
     """Raises CheckpointError for the first layer that nothing here reads."""
-    by_layer = layers_of(what)
+    by_layer, codes = layers_of(what), bnb.layers(what)
     marked = tuple(n.removesuffix(SCALED_FP8) for n in what if n.endswith(SCALED_FP8))
     for layer, parts in by_layer.items():
         if "qweight" in parts and ("weight" in parts or "comfy_quant" in parts):
@@ -150,9 +150,9 @@ def refuse(what: Entries, marks: Marks, file: str) -> None:
             found = nunchaku.refusal(parts)
             if found is not None:
                 raise CheckpointError(file, found[0], found[1], layer)
-        described = layer.startswith(marked)
-        stranger = next((s for s in STRANGERS if not described and s.test(parts)), None)
-        if stranger is not None and not bnb.detect(what):
+        scaled = layer.startswith(marked) and parts.get("weight", ("",))[0].startswith("F8")
+        stranger = next((s for s in STRANGERS if s.test(parts)), None)
+        if stranger is not None and not scaled and layer not in codes:
             raise CheckpointError(file, stranger.what, stranger.remedy, layer)
     if not marks.lite:
         _refuse_lost_lite(by_layer, file)

@@ -25,7 +25,7 @@ from ..writing.room import check_room
 from ..writing.tensors import Entry, entries, nbytes
 from . import folder, header, lazy, logical, marks, pieces, save
 from .convert import NAMES
-from .errors import CheckpointError
+from .errors import CheckpointError, naming
 from .formats import comfy_quant, gguf
 from .formats.stored import StoredLayer
 from .load import Checkpoint
@@ -92,7 +92,8 @@ def repack(
                         progress(done, total, name)
                     done += 1
                     layer = piece.layers.pop(name)
-                    piece.dense.update(_stored(name, layer, piece.dense, plans.get(name), options, _requantized))
+                    with naming(path.name, "Convert it without requantizing", name, (ValueError,)):
+                        piece.dense.update(_stored(name, layer, piece.dense, plans.get(name), options, _requantized))
                     del layer
                 for name in list(piece.dense):
                     file.write(named(name), piece.dense.pop(name))
@@ -191,10 +192,7 @@ def _plans(layers: dict[str, StoredLayer], family, prefix: str, options: Options
 def _requantized(name: str, layer: StoredLayer, bias: Tensor | None, how: LayerPlan, options: Options):
     """(layer, bias) rounded again from the dense weight."""
     weight = parts.dequantize(layer.weight).to(options.device)
-    try:
-        done = quantize_weight(weight, bias, how, _side_dtype(bias), options.seed)
-    except ValueError as e:
-        raise CheckpointError(name, str(e), "Convert it without requantizing", name) from e
+    done = quantize_weight(weight, bias, how, _side_dtype(bias), options.seed)
     return StoredLayer(done.weight, form=layer.form), done.bias
 
 

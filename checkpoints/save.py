@@ -112,8 +112,7 @@ def save(
 ) -> Path:
     """Writes a safetensors file, whole or not at all. Arguments and errors are those of `writing`."""
     with writing(path, tensor_files.entries(tensors), info, overwrite, optional) as writer:
-        for name in writer.names:
-            writer.write(name, tensors[name])
+        writer.write_all(tensors)
     return Path(path)
 
 

@@ -54,9 +54,7 @@ TOP = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
-DOUBLE = {
-    "img_mod.lin": "norm1.linear",
-    "txt_mod.lin": "norm1_context.linear",
+ATTENTION = {  # of the blocks with two streams, FLUX.2's too
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "img_attn.norm.query_norm": "attn.norm_q",
@@ -65,6 +63,11 @@ DOUBLE = {
     "txt_attn.norm.key_norm": "attn.norm_added_k",
     "img_attn.proj": "attn.to_out.0",
     "txt_attn.proj": "attn.to_add_out",
+}
+DOUBLE = {
+    "img_mod.lin": "norm1.linear",
+    "txt_mod.lin": "norm1_context.linear",
+    **ATTENTION,
     "img_mlp.0": "ff.net.0.proj",
     "img_mlp.2": "ff.net.2",
     "txt_mlp.0": "ff_context.net.0.proj",

@@ -36,14 +36,7 @@ TOP = {
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
 DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.norm.query_norm": "attn.norm_q",
-    "img_attn.norm.key_norm": "attn.norm_k",
-    "txt_attn.norm.query_norm": "attn.norm_added_q",
-    "txt_attn.norm.key_norm": "attn.norm_added_k",
-    "img_attn.proj": "attn.to_out.0",
-    "txt_attn.proj": "attn.to_add_out",
+    **flux.ATTENTION,
     "img_mlp.0": "ff.linear_in",
     "img_mlp.2": "ff.linear_out",
     "txt_mlp.0": "ff_context.linear_in",

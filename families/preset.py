@@ -27,7 +27,7 @@ PREDICTIONS = {
     "velocity": "PeRFlow velocity",
 }
 PERFLOW = ("diff_eps", "ddim_eps", "velocity")
-# sampler -> True where it is one of this folder's; the others are ComfyUI's own names
+# sampler -> True where it is one of sampling/samplers.py; the others are ComfyUI's own names
 SAMPLERS = {
     "euler": False,
     "euler_ancestral": False,
@@ -64,7 +64,7 @@ class Preset:
     eta               stochasticity of TCD; guidance: distilled guidance put into the conditioning; omega: guidance
                       scale embedded by a full LCM; lora, lora_strength: the LoRA that makes the model, if it is one
     of_class          taken when nothing but the model's class is known
-    distilled         what this pack's own distillations are sampled by, see distilled.py
+    distilled         what this pack's own distillations are sampled by, see sampling/distilled.py
     """
 
     id: str

@@ -134,10 +134,14 @@ def planned(args: Namespace, pipe, folder: Path, loras: list[Lora]) -> tuple[few
 
 
 def add_lora(pipe, path: Path, strength: float) -> str:
-    """A sentence where only a part of the file is applied, else "". Raises ValueError for no LoRA of this model."""
+    """A sentence where only a part of the file is applied, or nothing at strength 0, else "". Raises ValueError for no
+    LoRA of this model.
+    """
     report = apply(pipeline.denoiser(pipe), read_file(path), strength)
     if not report.applied:
         raise ValueError(f"{path.name}: no layer of this model is in it ({report.summary()})")
+    if strength == 0:
+        return f"{shown(path.name)}: strength 0, nothing is changed"
     return "" if report.whole else f"{shown(path.name)}: {report.summary()}"
 
 

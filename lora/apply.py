@@ -52,10 +52,6 @@ class Report:
         return self.named("unknown")
 
     @property
-    def mismatched(self) -> tuple[str, ...]:
-        return self.named("shape")
-
-    @property
     def unread(self) -> tuple[str, ...]:
         """The keys that are left, for reasons that lie in the file."""
         reported = (*APPLIED, "unknown", "shape", "other part")

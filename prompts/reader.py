@@ -16,7 +16,7 @@ from ..reading.names import place, shown
 from . import text as texts
 
 MAX_FILE, MAX_DEPTH, MAX_NODES = 256 * 1024, 12, 20_000
-WHOLE, DECIMAL, MERGE = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float", "tag:yaml.org,2002:merge"
+WHOLE, DECIMAL = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class DomainError(ValueError):

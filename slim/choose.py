@@ -43,7 +43,7 @@ class Wish:
 
 @dataclass(frozen=True)
 class Slimming:
-    """What becomes of a block: ids of `table`, "" for as it is."""
+    """What becomes of a block: ids of `operations.ATTENTIONS` and `operations.CONVOLUTIONS`, "" for as it is."""
 
     attention: str = ""
     convolutions: str = ""

@@ -56,6 +56,11 @@ class Writer:
         self.names = list(places)
         self._name, self._file, self._entries, self._left = name, file, entries, dict(places)
 
+    def write_all(self, tensors: Mapping[str, Tensor]) -> None:
+        """`write` for every announced one."""
+        for name in self.names:
+            self.write(name, tensors[name])
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Raises ValueError for a tensor that was not announced, is there already, or is another than announced."""
         if name not in self._left:
@@ -112,8 +117,7 @@ def save(
 ) -> Path:
     """Writes a safetensors file, if there is room for it. Raises WriteError."""
     with writing(path, entries(tensors), metadata, overwrite, durable) as writer:
-        for name in writer.names:
-            writer.write(name, tensors[name])
+        writer.write_all(tensors)
     return path
 
 

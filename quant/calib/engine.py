@@ -146,8 +146,7 @@ def calibrate(module: nn.Module, job: Job, watch: Watch | None = None, hold: boo
 
     Layers that no forward pass reaches, and all of them under a preset without data, are solved from their weights.
     Whether a layer's activations are unsigned is what its input says, where one was seen. They are solved on the job's
-    device, and kept on the CPU. ``hold``: keep the weights
-    in memory, also those that the store has taken.
+    device, and kept on the CPU. ``hold``: keep the weights in memory, also those that the store has taken.
     """
     watch = watch or Watch()
     wanted = [n for n, p in job.plans.items() if p.scheme != KEEP]

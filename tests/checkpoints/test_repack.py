@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from comfyui_nibble.checkpoints import repack as repacking
 from comfyui_nibble.checkpoints.errors import CheckpointError
 from comfyui_nibble.checkpoints.formats import nunchaku
 from comfyui_nibble.checkpoints.load import load, needs_reader
@@ -80,15 +81,33 @@ def test_the_record_says_where_it_came_from(tmp_path):
     assert "13 layers kept their codes" in out.summary()
 
 
-def test_requantizing_is_asked_for_and_counted(tmp_path):
+def one_attention() -> dict[str, torch.Tensor]:
     tensors = load_file(BNB / "layers.safetensors")
-    renamed = {n.replace("blocks.0.nf4_320.", "blocks.0.attn.qkv."): t for n, t in tensors.items() if "nf4_320." in n}
-    save_file(renamed, tmp_path / "in.safetensors")
+    return {n.replace("blocks.0.nf4_320.", "blocks.0.attn.qkv."): t for n, t in tensors.items() if "nf4_320." in n}
+
+
+def test_requantizing_is_asked_for_and_counted(tmp_path):
+    save_file(one_attention(), tmp_path / "in.safetensors")
     out = repack(tmp_path / "in.safetensors", tmp_path / "out.safetensors", Options(requantize=True, rank=16))
     assert out.forms == {"nf4": 1} and out.formats == {"svdquant_w4a4": 1} and out.requantized == 1
     before, after = (load(p).layers["blocks.0.attn.qkv"].weight for p in (tmp_path / "in.safetensors", out.path))
     a, b = parts.dequantize(before), parts.dequantize(after)
     assert 0 < float((a - b).norm() / a.norm()) < 0.2
+
+
+def test_a_layer_that_cannot_be_requantized_is_named_in_its_file(tmp_path, monkeypatch):
+    """The layer's name stood where the file's belongs."""
+
+    def refuse(*_args):
+        raise ValueError("the weight is odd")
+
+    monkeypatch.setattr(repacking, "quantize_weight", refuse)
+    save_file(one_attention(), tmp_path / "in.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"^in\.safetensors, layer blocks\.0\.attn\.qkv: the weight is odd\. Convert it without"
+    ):
+        repack(tmp_path / "in.safetensors", tmp_path / "out.safetensors", Options(requantize=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 def test_file_level_configurations_become_entries(tmp_path):

@@ -145,6 +145,24 @@ def test_quantizing_them_again_is_refused(file):
         open_source(file)
 
 
+INTEGERS = {"other.weight": torch.ones(64, 64, dtype=torch.int8), "other.weight_scale": torch.ones(64, 1)}
+BESIDE = {
+    "nf4": dict(load_file(DATA.parent / "bnb" / "layers.safetensors")),
+    "scaled fp8": {"scaled_fp8": torch.empty(0), "a.weight": torch.ones(64, 64).to(torch.float8_e4m3fn),
+                   "a.scale_weight": torch.ones(())},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_layer_that_is_read_excuses_no_other(beside, tmp_path):
+    """One of them in the file, and every integer weight in it was taken for numbers."""
+    save_file(BESIDE[beside], tmp_path / "read.safetensors")
+    load(tmp_path / "read.safetensors")
+    save_file(BESIDE[beside] | INTEGERS, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="layer other: its weights are integers"):
+        load(tmp_path / "x.safetensors")
+
+
 class TestInspect:
     def test_says_maker_family_scheme_and_gpu(self):
         found = inspect(DATA / "d_mini_flux_int4.safetensors")

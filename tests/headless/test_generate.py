@@ -135,6 +135,12 @@ def test_steps_and_cfg_are_the_persons(lora, draw, seen):
     assert seen == TRAILING[2]
 
 
+def test_strength_0_changes_nothing_and_says_so(draw):
+    (plain,), _ = draw("red apple", *PLAIN, "--steps", 1)
+    (off,), said = draw("red apple", *PLAIN, "--lora", f"{STYLE}:0", "--steps", 1)
+    assert f"{Path(STYLE).name}: strength 0, nothing is changed" in said and np.array_equal(plain, off)
+
+
 @pytest.mark.parametrize("name", ["mine.safetensors", "my-lcm-lora.safetensors"])
 def test_lcm_adds_nothing_to_a_distillation(name, lora, draw, seen, monkeypatch):
     from comfyui_nibble.headless import draw as work

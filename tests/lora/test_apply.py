@@ -111,7 +111,7 @@ def test_nothing_is_silently_ignored():
     tensors["lora_unet_x.hada_w1_a"] = torch.zeros(2, 2)
     report = apply(model(True), read(tensors), 1.0)
     assert report.unknown == ("lora_unet_other_layer",)
-    assert report.mismatched == ("lora_unet_blocks_0_attn_to_q",)
+    assert report.named("shape") == ("lora_unet_blocks_0_attn_to_q",)
     assert report.unread == ("lora_unet_x.hada_w1_a",)
     assert report.summary() == (
         "3 applied, 1 unknown to this model, 1 of another shape than the layer, 1 without the other half"
